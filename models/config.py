@@ -1,0 +1,225 @@
+"""What is learnt: model, gate, data, optimiser, precision, budget and seed, and their fingerprint.
+
+Layout, back end and micro-batch are not here: they belong to the attempt (``run_dir.AttemptSpec``).
+Pure and frozen; no torch. YAML's integral floats (``1e6``) are accepted as integers, nothing else is coerced.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+NUMERICS = 1
+"""Raised whenever a change alters numbers, so that an old result is never served for new code."""
+
+
+def _integral(value: Any) -> Any:
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value
+
+
+Integer = Annotated[int, BeforeValidator(_integral)]
+Count = Annotated[int, BeforeValidator(_integral), Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+
+Position = Literal["sdpa", "value", "key", "query", "dense"]
+
+
+class Frozen(BaseModel):
+    """Base of every config object: immutable, strict, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class ModelConfig(Frozen):
+    """A dense decoder of the paper's shape family: pre-norm RMSNorm, SwiGLU, RoPE, GQA."""
+
+    num_layers: Count
+    hidden_size: Count
+    num_query_heads: Count
+    num_kv_heads: Count
+    head_dim: Count
+    ffn_size: Count
+    qk_norm: bool = True
+    tied_embeddings: bool = True
+    rope_base: Positive = 10_000.0
+    norm_epsilon: Positive = 1e-6
+    init_std: Positive = 0.02
+
+    @model_validator(mode="after")
+    def _shape(self) -> ModelConfig:
+        if self.num_query_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_query_heads {self.num_query_heads} must be a multiple of num_kv_heads {self.num_kv_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} must be even: RoPE rotates pairs")
+        return self
+
+
+class GateConfig(Frozen):
+    """One gate of the paper (section 2.2): Y' = Y * score or Y + score.
+
+    ``score = scale * activation(X W + offset)`` with X the layer's input after pre-normalisation.
+    """
+
+    position: Position
+    granularity: Literal["elementwise", "headwise"] = "elementwise"
+    sharing: Literal["head_specific", "head_shared"] = "head_specific"
+    combine: Literal["multiplicative", "additive"] = "multiplicative"
+    activation: Literal["sigmoid", "silu", "ns_sigmoid", "identity"] = "sigmoid"
+    input: Literal["hidden", "none", "constant"] = "hidden"
+    """``none``: a zero-initialised learned parameter instead of X W; ``constant``: the score is ``scale``."""
+    shared_average: Literal["scores", "logits"] = "scores"
+    """Head-shared gates average after the activation (our decision), or before it."""
+    qk_order: Literal["after_norm", "before_norm"] = "after_norm"
+    """Key and query gates act after QK-norm and before RoPE (our decision), or before the norm."""
+    init: Literal["normal", "zero", "open"] = "normal"
+    """``open`` adds a fixed 4 to the logits, so that a sigmoid starts at 0.98; it is not learnt."""
+    scale: Positive = 1.0
+
+    @model_validator(mode="after")
+    def _meaningful(self) -> GateConfig:
+        if self.position == "dense" and self.granularity == "headwise":
+            raise ValueError("granularity headwise is not allowed at position dense: its output has no heads")
+        if self.position == "dense" and self.sharing == "head_shared":
+            raise ValueError("sharing head_shared is not allowed at position dense: its output has no heads")
+        if self.qk_order == "before_norm":
+            if self.position not in ("key", "query"):
+                raise ValueError(f"qk_order before_norm is for positions key and query, not {self.position}")
+            if self.granularity == "headwise" and self.combine == "multiplicative":
+                raise ValueError("a headwise gate before QK-norm is cancelled by the norm; use qk_order after_norm")
+        if self.init == "open" and self.activation not in ("sigmoid", "ns_sigmoid"):
+            raise ValueError(f"init open needs activation sigmoid or ns_sigmoid, not {self.activation}")
+        if self.init == "open" and self.input != "hidden":
+            raise ValueError(f"init open needs input hidden, not {self.input}")
+        if self.shared_average == "logits" and self.sharing != "head_shared":
+            raise ValueError("shared_average logits needs sharing head_shared")
+        if self.input == "constant":
+            extra = self.model_fields_set - {"position", "input", "scale", "combine"}
+            if extra or self.combine != "multiplicative":
+                raise ValueError(
+                    "input constant multiplies by scale and takes only position, scale; got also "
+                    + ", ".join(sorted(extra or {"combine"}))
+                )
+            if self.scale == 1.0:
+                raise ValueError("input constant with scale 1.0 changes nothing; the half-scale control is scale: 0.5")
+        return self
+
+
+class ValidationConfig(Frozen):
+    """How often, and on how much of the validation split, the loss is measured."""
+
+    slice_bytes: Count = 32_768
+    points: Count = 4
+    """Evaluations on the slice, evenly spaced over the schedule; the last one is at its end."""
+    full_at_end: bool = False
+    """Once more on the whole validation split when the trial ends."""
+
+
+class DataConfig(Frozen):
+    """The corpus and how it is cut into tokens. The hashes and the vocabulary are filled in by the plan."""
+
+    corpus: str = "sotu"
+    """``sotu`` (built in), or the path of a .jsonl, .jsonl.xz or .jsonl.gz file with a ``text`` field a line."""
+    tokenizer: str = "bytes"
+    """``bytes`` (built in, 256 tokens), or the path of a Hugging Face tokenizer.json."""
+    sequence_length: Count = 256
+    validation_every: Annotated[int, BeforeValidator(_integral), Field(ge=2)] = 20
+    """Document i (0-based) is validation when i % validation_every == validation_every - 1."""
+    validation: ValidationConfig = ValidationConfig()
+    vocab_size: Count = 256
+    corpus_sha256: str = ""
+    tokenizer_sha256: str = ""
+
+
+class TrainConfig(Frozen):
+    """AdamW, its schedule and its budget. Batches and budgets are in tokens."""
+
+    tokens: Count
+    batch_tokens: Count
+    lr: Positive
+    min_lr_fraction: Fraction = 0.1
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    """``wsd``: warm-up, stable, then linear decay over the last ``decay_fraction``."""
+    warmup_fraction: Fraction = 0.1
+    decay_fraction: Fraction = 0.2
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
+    """Never applied to norms, biases and input-independent gates."""
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.95
+    epsilon: Positive = 1e-8
+    clip_gradient_norm: Positive = 1.0
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps; the last batch may go past ``tokens``, never short of it."""
+        return -(-self.tokens // self.batch_tokens)
+
+    @model_validator(mode="after")
+    def _schedule_fits(self) -> TrainConfig:
+        if self.schedule == "wsd" and self.warmup_fraction + self.decay_fraction > 1.0:
+            raise ValueError(
+                f"warmup_fraction {self.warmup_fraction} + decay_fraction {self.decay_fraction} must not exceed 1"
+            )
+        return self
+
+
+class TrialConfig(Frozen):
+    """Everything that decides a trial's numbers: a cell and a seed."""
+
+    model: ModelConfig
+    gate: GateConfig | None = None
+    data: DataConfig = DataConfig()
+    train: TrainConfig
+    precision: Literal["fp32", "bf16"] = "fp32"
+    seed: Integer
+
+    @model_validator(mode="after")
+    def _batch_holds_sequences(self) -> TrialConfig:
+        if self.train.batch_tokens % self.data.sequence_length:
+            raise ValueError(
+                f"train.batch_tokens {self.train.batch_tokens:,} must be a multiple of "
+                f"data.sequence_length {self.data.sequence_length:,}"
+            )
+        return self
+
+    @property
+    def batch_sequences(self) -> int:
+        return self.train.batch_tokens // self.data.sequence_length
+
+    def validation_steps(self) -> tuple[int, ...]:
+        """The optimizer steps after which the validation slice is measured, ascending."""
+        steps, points = self.train.num_steps, self.data.validation.points
+        return tuple(sorted({max(1, round(steps * i / points)) for i in range(1, points + 1)}))
+
+    def canonical_json(self) -> str:
+        """What the fingerprint covers: hashes stand for the files, so a moved corpus is the same trial."""
+        content = self.model_dump(mode="json")
+        if self.data.corpus_sha256:
+            del content["data"]["corpus"]
+        if self.data.tokenizer_sha256:
+            del content["data"]["tokenizer"]
+        return json.dumps({"numerics": NUMERICS, **content}, sort_keys=True, separators=(",", ":"))
+
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits, equal for equal trials on every machine."""
+        return hashlib.sha256(self.canonical_json().encode()).hexdigest()[:16]
+
+
+class Layout(Frozen):
+    """How an attempt is spread over ranks. Not part of the fingerprint."""
+
+    tensor: Count = 1
+    pipeline: Count = 1
+    expert: Count = 1
+    data: Count = 1
+
+    @property
+    def world_size(self) -> int:
+        return self.tensor * self.pipeline * self.data

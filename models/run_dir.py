@@ -1,0 +1,186 @@
+"""The run dir: the data interface between training and control. What is written where, and how it is read.
+
+    <home>/trials/<fingerprint>/
+      config.json                    the resolved TrialConfig
+      attempts/<number>-<token>/     one attempt writes only here
+        attempt.json                 what the controller asked for (AttemptSpec)
+        metrics.jsonl                one record a line: steps and validations, in order
+        log-rank<r>.txt              what a rank said
+        checkpoints/step_<n>/        complete once it has this name; written aside before
+        summary.json                 how the attempt ended, by its own account; written last, atomically
+
+Non-finite numbers are written as null, with ``nonfinite`` saying so: a missing number is never 0.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+from models.config import Layout, TrialConfig
+
+
+class _Line(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class StepRecord(_Line):
+    """One optimizer step. ``loss_nats`` is the mean over the batch's tokens, before the update."""
+
+    kind: Literal["step"] = "step"
+    step: int
+    tokens: int
+    fraction: float
+    """Share of the schedule done after this step, 0 to 1."""
+    lr: float
+    loss_nats: float | None
+    gradient_norm: float | None
+    tokens_per_second: float
+    nonfinite: bool = False
+
+
+class ValidationRecord(_Line):
+    """One evaluation: mean nats a token, and bits a byte of text, after ``step`` optimizer steps."""
+
+    kind: Literal["validation"] = "validation"
+    step: int
+    tokens: int
+    fraction: float
+    split: Literal["slice", "full"]
+    loss_nats: float | None
+    bits_per_byte: float | None
+    num_tokens: int
+    num_bytes: int
+    nonfinite: bool = False
+
+
+Record = Annotated[StepRecord | ValidationRecord, Field(discriminator="kind")]
+_RECORD: TypeAdapter[StepRecord | ValidationRecord] = TypeAdapter(Record)
+
+
+class AttemptSpec(_Line):
+    """What the controller asks of a gang. Paths are absolute, on a file system that all ranks share."""
+
+    fingerprint: str
+    number: int
+    token: str
+    trial_dir: str
+    data_dir: str
+    """Where the prepared corpora are kept."""
+    layout: Layout = Layout()
+    micro_batch_sequences: int | None = None
+    """Sequences a rank takes at once; None: its whole share of the batch."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    resume_checkpoint: str | None = None
+    resume_step: int = 0
+    checkpoint_every_steps: int | None = None
+    keep_checkpoints: int = 2
+    threads_per_rank: int = 1
+
+    @property
+    def attempt_dir(self) -> Path:
+        return Path(self.trial_dir) / "attempts" / f"{self.number:03d}-{self.token}"
+
+
+class Summary(_Line):
+    """How an attempt ended, as rank 0 saw it. An attempt without one was killed."""
+
+    outcome: Literal["complete", "stopped", "nonfinite", "error"]
+    step: int
+    resume_step: int
+    seconds: float
+    tokens_per_second: float | None
+    """Over the training steps of this attempt; validation and checkpoints are not counted."""
+    peak_memory_bytes: int | None = None
+    num_parameters: int | None = None
+    error: str | None = None
+    """Exception class and message, for outcome ``error``."""
+
+
+def trial_dir(home: Path, fingerprint: str) -> Path:
+    return home / "trials" / fingerprint
+
+
+def finite_or_none(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def write_json(path: Path, content: BaseModel | dict[str, Any]) -> None:
+    """Write aside, then rename: a reader sees the whole file or none."""
+    text = content.model_dump_json(indent=2) if isinstance(content, BaseModel) else json.dumps(content, indent=2)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_text(text + "\n")
+    aside.replace(path)
+
+
+def write_trial_config(directory: Path, config: TrialConfig) -> None:
+    write_json(directory / "config.json", config)
+
+
+def read_trial_config(directory: Path) -> TrialConfig:
+    return TrialConfig.model_validate_json((directory / "config.json").read_text())
+
+
+def read_attempt_spec(attempt_dir: Path) -> AttemptSpec:
+    return AttemptSpec.model_validate_json((attempt_dir / "attempt.json").read_text())
+
+
+def read_summary(attempt_dir: Path) -> Summary | None:
+    """The attempt's own account of its end, or None when it has not ended by itself."""
+    path = attempt_dir / "summary.json"
+    return Summary.model_validate_json(path.read_text()) if path.exists() else None
+
+
+def metrics_path(attempt_dir: Path) -> Path:
+    return attempt_dir / "metrics.jsonl"
+
+
+def log_path(attempt_dir: Path, rank: int) -> Path:
+    return attempt_dir / f"log-rank{rank}.txt"
+
+
+def record_line(record: StepRecord | ValidationRecord) -> str:
+    return record.model_dump_json() + "\n"
+
+
+def read_records(attempt_dir: Path, offset: int = 0) -> tuple[list[StepRecord | ValidationRecord], int]:
+    """Records from byte ``offset`` on, and the offset to go on from. A torn last line is left for later."""
+    path = metrics_path(attempt_dir)
+    if not path.exists():
+        return [], offset
+    with path.open("rb") as stream:
+        stream.seek(offset)
+        chunk = stream.read()
+    whole = chunk[: chunk.rfind(b"\n") + 1]
+    records = [_RECORD.validate_json(line) for line in whole.splitlines() if line.strip()]
+    return records, offset + len(whole)
+
+
+def checkpoint_path(attempt_dir: Path, step: int) -> Path:
+    return attempt_dir / "checkpoints" / f"step_{step:08d}"
+
+
+def complete_checkpoints(attempt_dir: Path) -> Iterator[tuple[int, Path]]:
+    """(step, path) of the attempt's complete checkpoints, newest first."""
+    folder = attempt_dir / "checkpoints"
+    paths = sorted(folder.glob("step_*"), reverse=True) if folder.exists() else []
+    for path in paths:
+        yield int(path.name.removeprefix("step_")), path
+
+
+def log_tail(attempt_dir: Path, rank: int = 0, num_lines: int = 20, num_bytes: int = 16_384) -> str:
+    """The last lines of a rank's log, bounded; empty when it said nothing."""
+    path = log_path(attempt_dir, rank)
+    if not path.exists():
+        return ""
+    with path.open("rb") as stream:
+        stream.seek(max(0, path.stat().st_size - num_bytes))
+        text = stream.read().decode(errors="replace")
+    return "\n".join(text.splitlines()[-num_lines:])

@@ -1,0 +1,1 @@
+"""What runs in the driver: plan, place, watch, judge. Loads no torch."""
