@@ -43,18 +43,14 @@ def parameters(model: ModelConfig, gate: GateConfig | None, vocab_size: int) -> 
     return embeddings + model.num_layers * layer + model.hidden_size
 
 
-def forward_flops_per_token(
-    model: ModelConfig, gate: GateConfig | None, vocab_size: int, sequence_length: int
-) -> int:
+def forward_flops_per_token(model: ModelConfig, gate: GateConfig | None, vocab_size: int, sequence_length: int) -> int:
     """Matrix-multiply FLOPs of one token's forward pass, output layer and attention included."""
     attention_width = model.num_query_heads * model.head_dim
     layer = 2 * _layer_matrix_parameters(model, gate) + 4 * sequence_length * attention_width
     return model.num_layers * layer + 2 * vocab_size * model.hidden_size
 
 
-def training_flops_per_token(
-    model: ModelConfig, gate: GateConfig | None, vocab_size: int, sequence_length: int
-) -> int:
+def training_flops_per_token(model: ModelConfig, gate: GateConfig | None, vocab_size: int, sequence_length: int) -> int:
     """Forward and backward: the backward pass costs two forward passes."""
     return 3 * forward_flops_per_token(model, gate, vocab_size, sequence_length)
 

@@ -1,0 +1,201 @@
+"""Batches out of a prepared corpus: by optimizer step for training, by window for validation.
+
+Both are functions of their arguments alone. A step's samples do not depend on the number of ranks or on the
+micro-batch, and resuming at a step needs no state. No loader processes: a batch is a few memory-mapped reads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.utils import Split
+
+from models.config import DataConfig
+from models.corpus.prepared import Prepared, SplitName, made_aside
+
+Batch = dict[str, torch.Tensor]
+"""tokens, labels, position_ids (int64) and loss_mask (float32), each [micro_batch, sequence]."""
+
+
+class Samples(Protocol):
+    """What TrainBatches needs of a GPTDataset."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]: ...
+
+
+class _EndOfDocument:
+    """All that GPTDataset asks of a tokenizer. Without ``pad`` it masks nothing, as no text of ours is padded."""
+
+    def __init__(self, vocab_size: int, eod: int) -> None:
+        self.vocab_size = vocab_size
+        self.eod = eod
+        self.unique_identifiers = OrderedDict(vocab_size=vocab_size, eod=eod)
+
+
+def train_dataset(prepared: Prepared, data: DataConfig, num_samples: int, seed: int) -> GPTDataset:
+    """Megatron's GPTDataset over the training split: at least ``num_samples`` sequences, shuffled by ``seed``.
+
+    Sequences run over document ends, the tokens of a document being followed by an eod. Within one epoch of the
+    corpus, a sample does not depend on ``num_samples``: a longer trial starts with the same data.
+    With torch.distributed up, every rank must call it: rank 0 writes the index files, the others wait for them.
+    Trials that run at once share the files: Megatron writes them in place, so they are made aside and renamed.
+    """
+    name = f"mcore{version('megatron-core')}-length{data.sequence_length}-samples{num_samples}-seed{seed}"
+    indices_dir = prepared.directory / "indices" / name
+    distributed = torch.distributed.is_initialized()
+    if (not distributed or torch.distributed.get_rank() == 0) and not indices_dir.exists():
+        with made_aside(indices_dir) as aside:
+            _gpt_dataset(prepared, data, num_samples, seed, aside)
+    if distributed:
+        torch.distributed.barrier()
+    return _gpt_dataset(prepared, data, num_samples, seed, indices_dir)
+
+
+def _gpt_dataset(prepared: Prepared, data: DataConfig, num_samples: int, seed: int, indices_dir: Path) -> GPTDataset:
+    config = GPTDatasetConfig(
+        random_seed=seed,
+        sequence_length=data.sequence_length,
+        blend=([prepared.prefix("train")], None),
+        split="1,0,0",
+        path_to_cache=str(indices_dir),
+        tokenizer=_EndOfDocument(prepared.vocab_size, prepared.eod),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+    )
+    documents = GPTDataset.build_low_level_dataset(prepared.prefix("train"), config)
+    indices = np.arange(GPTDataset.numel_low_level_dataset(documents), dtype=np.int32)
+    # The path only names the index files, and the same corpus may lie under several paths.
+    return GPTDataset(documents, "train", indices, num_samples, Split.train, config)
+
+
+class TrainBatches:
+    """A rank's share of each optimizer step's samples.
+
+    Step s (0-based) takes samples [s * batch_sequences, (s + 1) * batch_sequences) of the data set; data-parallel
+    rank r of num_ranks a contiguous part of them, in micro-batches of ``micro_batch_sequences`` (None: all at once).
+    """
+
+    def __init__(
+        self,
+        dataset: Samples,
+        batch_sequences: int,
+        micro_batch_sequences: int | None = None,
+        rank: int = 0,
+        num_ranks: int = 1,
+    ) -> None:
+        if batch_sequences % num_ranks:
+            raise ValueError(
+                f"a batch of {batch_sequences} sequences cannot be dealt evenly to {num_ranks} data-parallel ranks"
+            )
+        self._dataset = dataset
+        self._batch_sequences = batch_sequences
+        self._share = batch_sequences // num_ranks
+        self._rank = rank
+        self.micro_batch_sequences = micro_batch_sequences or self._share
+        if self._share % self.micro_batch_sequences:
+            raise ValueError(
+                f"a rank's share of {self._share} sequences ({batch_sequences} over {num_ranks} data-parallel ranks) "
+                f"must be a multiple of micro_batch_sequences {self.micro_batch_sequences}"
+            )
+        self.num_micro_batches = self._share // self.micro_batch_sequences
+
+    def micro_batches(self, step: int) -> Iterator[Batch]:
+        """This rank's micro-batches of optimizer step ``step`` (0-based), in order."""
+        end = (step + 1) * self._batch_sequences
+        if end > len(self._dataset):
+            raise IndexError(f"step {step} needs {end:,} samples, the data set was built for {len(self._dataset):,}")
+        first = step * self._batch_sequences + self._rank * self._share
+        for start in range(first, first + self._share, self.micro_batch_sequences):
+            yield _stack([self._dataset[i] for i in range(start, start + self.micro_batch_sequences)])
+
+
+def _stack(samples: Sequence[dict[str, torch.Tensor]]) -> Batch:
+    names = ("tokens", "labels", "loss_mask", "position_ids")
+    return {name: torch.stack([sample[name] for sample in samples]) for name in names}
+
+
+class ValidationBatches:
+    """Windows over a split, dealt so that every rank has equally many batches; iterate as often as wanted.
+
+    The stream is eod, document 1, eod, document 2, eod, ...; each token is predicted once, from those before it in
+    its window. Masked out are the eod targets, so that what is summed is nats of text, and the padding.
+    """
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        data: DataConfig,
+        split: Literal["slice", "full"],
+        batch_sequences: int,
+        rank: int = 0,
+        num_ranks: int = 1,
+    ) -> None:
+        stored: SplitName = "slice" if split == "slice" else "validation"
+        content = prepared.split(stored)
+        self.num_tokens = content.num_tokens
+        """Targets with loss mask 1, over all ranks."""
+        self.num_bytes = content.num_bytes
+        """UTF-8 bytes of the text that those tokens are."""
+        self._length = data.sequence_length
+        self._batch_sequences = batch_sequences
+        self._rank = rank
+        self._num_ranks = num_ranks
+        self._eod = prepared.eod
+        prefix = prepared.prefix(stored)
+        # Not IndexedDataset's own arrays: they are views that turn into segmentation faults when it is collected.
+        self._stream: np.ndarray[Any, Any] = np.memmap(f"{prefix}.bin", IndexedDataset(prefix).index.dtype, mode="r")
+
+    def bits_per_byte(self, total_nats: float) -> float:
+        """From the masked sum of losses over all batches of all ranks. Comparable over tokenizers."""
+        return total_nats / math.log(2) / self.num_bytes
+
+    def __len__(self) -> int:
+        return -(-len(self._stream) // (self._length * self._batch_sequences * self._num_ranks))
+
+    def __iter__(self) -> Iterator[Batch]:
+        batch_tokens = self._batch_sequences * self._length
+        for index in range(len(self)):
+            yield self._batch((index * self._num_ranks + self._rank) * batch_tokens, batch_tokens)
+
+    def _batch(self, start: int, size: int) -> Batch:
+        """Targets [start, start + size) of the stream; past its end tokens are eod and the mask is 0."""
+        labels = np.full(size, self._eod, dtype=np.int64)
+        tokens = labels.copy()
+        label_part = self._stream[start : start + size]
+        labels[: len(label_part)] = label_part
+        # The stored stream lacks the leading eod, so position i is predicted from i - 1 and the first from eod.
+        first = 1 if start == 0 else 0
+        token_part = self._stream[max(start - 1, 0) : start + size - 1]
+        tokens[first : first + len(token_part)] = token_part
+        shape = (self._batch_sequences, self._length)
+        labels_BS = torch.from_numpy(labels).view(shape)
+        return {
+            "tokens": torch.from_numpy(tokens).view(shape),
+            "labels": labels_BS,
+            "loss_mask": (labels_BS != self._eod).float(),
+            "position_ids": torch.arange(self._length).expand(shape).contiguous(),
+        }
+
+
+def validation_batches(
+    prepared: Prepared,
+    data: DataConfig,
+    split: Literal["slice", "full"],
+    batch_sequences: int,
+    rank: int = 0,
+    num_ranks: int = 1,
+) -> ValidationBatches:
+    """The batches that data-parallel rank ``rank`` of ``num_ranks`` evaluates on the fixed slice or the full split."""
+    return ValidationBatches(prepared, data, split, batch_sequences, rank, num_ranks)

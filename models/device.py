@@ -1,0 +1,93 @@
+"""The CPU as a Megatron device: the only place that patches Megatron-Core or torch.cuda.
+
+Megatron-Core asks for CUDA by name in a few factories and contexts. ``prepare`` turns those into their CPU
+counterparts once a process; on a CUDA machine it changes nothing, so that there is one model code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+_FACTORIES = frozenset(
+    getattr(torch, name) for name in ("tensor", "zeros", "ones", "empty", "full", "arange", "zeros_like", "empty_like")
+)
+
+
+class CudaFactoriesOnCpu(TorchFunctionMode):
+    """Sends tensor factories that were called with ``device="cuda"`` to the CPU."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if kwargs and func in _FACTORIES and str(kwargs.get("device", "")).startswith("cuda"):
+            kwargs = {**kwargs, "device": "cpu"}
+        return func(*args, **(kwargs or {}))
+
+
+_prepared = False
+
+
+def prepare(device: str, local_rank: int = 0) -> None:
+    """Make this process ready to train on ``cpu`` or ``cuda``; safe to call again.
+
+    Raises RuntimeError when CUDA is asked for and not there.
+    """
+    global _prepared
+    if device == "cuda":
+        if not torch.cuda.is_available():
+            raise RuntimeError("resources.gpus asks for CUDA, and torch sees no CUDA device in this process")
+        torch.cuda.set_device(local_rank)
+        return
+    if _prepared:
+        return
+    torch.cuda.current_device = lambda: "cpu"  # type: ignore[assignment, return-value]
+    torch.cuda.synchronize = lambda *_: None
+    from megatron.core.tensor_parallel import random as megatron_random
+
+    # Dropout is 0 in every model here, so nothing draws inside a fork; the CUDA state it saves does not exist.
+    megatron_random.CudaRNGStatesTracker.fork = lambda self, *_: contextlib.nullcontext()
+    _prepared = True
+
+
+@contextlib.contextmanager
+def on(device: str) -> Iterator[None]:
+    """The context in which Megatron is built and run. Per thread: torch's function modes are."""
+    with CudaFactoriesOnCpu() if device == "cpu" else contextlib.nullcontext():
+        yield
+
+
+def collective_backend(device: str) -> str:
+    return "nccl" if device == "cuda" else "gloo"
+
+
+def seed_everything(seed: int, device: str) -> None:
+    """The same seed on every rank: Megatron draws whole weights and cuts them, so layouts agree."""
+    torch.manual_seed(seed)
+    if device == "cuda":
+        from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+        model_parallel_cuda_manual_seed(seed)
+
+
+def peak_memory_bytes(device: str) -> int:
+    """Peak of the CUDA allocator, or of the resident set. The latter is the process's, warm trials included."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def scale_gradients(gradients: list[torch.Tensor], norm: float, max_norm: float) -> None:
+    """Clip by global norm, in place. Megatron's own clipping asserts a CUDA tensor type."""
+    factor = max_norm / (norm + 1e-6)
+    if factor < 1.0:
+        torch._foreach_mul_(gradients, factor)

@@ -1,0 +1,104 @@
+"""From configs to Megatron: the transformer config, the layer's module spec, and the built GPTModel.
+
+The one place where a model is constructed. Megatron's parallel state must be up before ``build_model``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer import ModuleSpec, TransformerConfig
+from torch import nn
+from torch.nn import functional
+
+from models.attention import GatedSelfAttention
+from models.config import GateConfig, Layout, ModelConfig, TrialConfig
+
+
+def transformer_config(model: ModelConfig, precision: str, layout: Layout, device: str) -> TransformerConfig:
+    """Megatron's config for a model of the paper's family. Kernel fusions need CUDA and are off on the CPU."""
+    on_cuda = device == "cuda"
+    bf16 = precision == "bf16"
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        num_attention_heads=model.num_query_heads,
+        num_query_groups=model.num_kv_heads,
+        kv_channels=model.head_dim,
+        ffn_hidden_size=model.ffn_size,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.norm_epsilon,
+        qk_layernorm=model.qk_norm,
+        activation_func=functional.silu,
+        gated_linear_unit=True,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        init_method_std=model.init_std,
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        pipeline_dtype=torch.bfloat16 if bf16 else torch.float32,
+        params_dtype=torch.bfloat16 if bf16 else torch.float32,
+        bf16=bf16,
+        # Drawing whole weights on the CPU and cutting them makes the initial weights independent of the layout.
+        use_cpu_initialization=True,
+        attention_softmax_in_fp32=True,
+        apply_rope_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=on_cuda,
+        gradient_accumulation_fusion=False,
+        persist_layer_norm=False,
+    )
+
+
+def layer_spec(model: ModelConfig, gate: GateConfig | None) -> ModuleSpec:
+    """Megatron's local layer, its self-attention replaced by the gated one."""
+    spec = get_gpt_layer_local_spec(qk_layernorm=model.qk_norm, normalization="RMSNorm")
+    attention = spec.submodules.self_attention
+    gated = dataclasses.replace(attention, module=GatedSelfAttention, params={**attention.params, "gate": gate})
+    return dataclasses.replace(spec, submodules=dataclasses.replace(spec.submodules, self_attention=gated))
+
+
+def build_model(trial: TrialConfig, layout: Layout, device: str) -> GPTModel:
+    """This rank's part of the model, on ``device``, its weights drawn from torch's current seed."""
+    config = transformer_config(trial.model, trial.precision, layout, device)
+    model = GPTModel(
+        config=config,
+        transformer_layer_spec=layer_spec(trial.model, trial.gate),
+        vocab_size=trial.data.vocab_size,
+        max_sequence_length=trial.data.sequence_length,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        parallel_output=True,
+        share_embeddings_and_output_weights=trial.model.tied_embeddings,
+        position_embedding_type="rope",
+        rotary_base=trial.model.rope_base,
+    )
+    return model.to(device) if device == "cuda" else model
+
+
+def num_parameters(model: nn.Module) -> int:
+    """Parameters of the whole model, counted once each over tensor- and pipeline-parallel ranks."""
+    from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
+
+    own = sum(
+        parameter.numel()
+        for parameter in model.parameters()
+        if param_is_not_tensor_parallel_duplicate(parameter) and not getattr(parameter, "shared", False)
+    )
+    total = torch.tensor([own], dtype=torch.int64, device=next(model.parameters()).device)
+    torch.distributed.all_reduce(total, group=parallel_state.get_model_parallel_group())
+    return int(total.item())
+
+
+@functools.cache
+def megatron_version() -> str:
+    import megatron.core
+
+    return str(megatron.core.__version__)

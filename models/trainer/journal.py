@@ -1,0 +1,48 @@
+"""What a rank writes while it trains: records and summary (rank 0), and a log of its own (every rank)."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from models import run_dir
+from models.run_dir import StepRecord, Summary, ValidationRecord
+
+
+class Journal:
+    """Appends to the attempt's files. A context: the log handler is taken off at its end."""
+
+    def __init__(self, attempt_dir: Path, rank: int) -> None:
+        self.attempt_dir, self.is_writer = attempt_dir, rank == 0
+        attempt_dir.mkdir(parents=True, exist_ok=True)
+        self._handler = logging.FileHandler(run_dir.log_path(attempt_dir, rank))
+        self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        self._log = logging.getLogger("models")
+
+    def __enter__(self) -> Self:
+        self._log.addHandler(self._handler)
+        self._log.setLevel(logging.INFO)
+        self._metrics = run_dir.metrics_path(self.attempt_dir).open("a") if self.is_writer else None
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._log.removeHandler(self._handler)
+        self._handler.close()
+        if self._metrics is not None:
+            self._metrics.close()
+
+    def write(self, record: StepRecord | ValidationRecord) -> None:
+        """One line, flushed: the controller sees it at once, and a killed process loses at most a torn line."""
+        if self._metrics is None:
+            return
+        self._metrics.write(run_dir.record_line(record))
+        self._metrics.flush()
+
+    def end(self, summary: Summary) -> None:
+        self._log.info("ended %s at step %d: %s", summary.outcome, summary.step, summary.error or "no error")
+        if self.is_writer:
+            run_dir.write_json(self.attempt_dir / "summary.json", summary)

@@ -1,0 +1,187 @@
+"""The training loop of one trial: build, resume, step, validate, write, stop."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from models import checkpoint, corpus, layer_specs, run_dir
+from models import device as devices
+from models.config import TrialConfig
+from models.run_dir import AttemptSpec, StepRecord, Summary
+from models.trainer.evaluate import Evaluator, token_losses
+from models.trainer.journal import Journal
+from models.trainer.optimizer import update, wrap
+from models.trainer.schedule import learning_rate
+from models.trainer.world import World
+
+log = logging.getLogger(__name__)
+
+
+class NonFinite(Exception):
+    """The loss or the gradient norm of a step is not a number."""
+
+
+def train(spec: AttemptSpec, world: World, should_stop: Callable[[], bool] = lambda: False) -> Summary:
+    """Run an attempt to its end and return how it ended; rank 0 also writes ``summary.json``.
+
+    ``should_stop`` is asked after every step, on rank 0 only. Errors of the user's or the machine's are raised
+    after they were written down.
+    """
+    with devices.on(world.device), Journal(spec.attempt_dir, world.rank) as journal:
+        attempt = _Attempt(spec, world, journal)
+        try:
+            outcome, error = attempt.run(should_stop), None
+        except NonFinite as stop:
+            outcome, error = "nonfinite", str(stop)
+        except Exception as failure:
+            log.exception("attempt %d failed", spec.number)
+            journal.end(attempt.summary("error", f"{type(failure).__name__}: {failure}"))
+            raise
+        summary = attempt.summary(outcome, error)
+        journal.end(summary)
+        return summary
+
+
+class _Attempt:
+    """The state of one attempt on one rank."""
+
+    def __init__(self, spec: AttemptSpec, world: World, journal: Journal) -> None:
+        self.spec, self.world, self.journal = spec, world, journal
+        self.trial: TrialConfig = run_dir.read_trial_config(Path(spec.trial_dir))
+        self.started = time.monotonic()
+        self.step = spec.resume_step
+        self.training_seconds = 0.0
+        self.num_parameters: int | None = None
+
+    def run(self, should_stop: Callable[[], bool]) -> Any:
+        self._build()
+        train = self.trial.train
+        validation_steps = set(self.trial.validation_steps())
+        while self.step < train.num_steps:
+            self.step += 1
+            self._train_one_step()
+            if self.step in validation_steps:
+                self.journal.write(self.evaluator.measure(self.step, "slice"))
+            done = self.step == train.num_steps
+            if done:
+                break
+            if self._checkpoint_is_due():
+                self._save()
+            if self.world.agree(should_stop):
+                log.info("told to stop after step %d", self.step)
+                self._save()
+                return "stopped"
+        if self.trial.data.validation.full_at_end:
+            self.journal.write(self.evaluator.measure(self.step, "full"))
+        return "complete"
+
+    # -- the phases -----------------------------------------------------------------------------------------
+
+    def _build(self) -> None:
+        trial, world, spec = self.trial, self.world, self.spec
+        prepared = corpus.prepare(trial.data, Path(spec.data_dir))
+        devices.seed_everything(trial.seed, world.device)
+        model = layer_specs.build_model(trial, world.layout, world.device)
+        self.num_parameters = layer_specs.num_parameters(model)
+        self.model, self.optimizer = wrap(trial, model, world.device)
+        self.micro_batch = spec.micro_batch_sequences or trial.batch_sequences // world.layout.data
+        self.batches = corpus.TrainBatches(
+            corpus.train_dataset(
+                prepared, trial.data, num_samples=trial.train.num_steps * trial.batch_sequences, seed=trial.seed
+            ),
+            batch_sequences=trial.batch_sequences,
+            micro_batch_sequences=self.micro_batch,
+            rank=world.data_rank,
+            num_ranks=world.layout.data,
+        )
+        self.evaluator = Evaluator(trial, prepared, self.model, world, self.micro_batch)
+        self.forward_backward = get_forward_backward_func()
+        if spec.resume_checkpoint is not None:
+            step = checkpoint.load(Path(spec.resume_checkpoint), self.model, self.optimizer)
+            if step != spec.resume_step:
+                raise RuntimeError(
+                    f"checkpoint {spec.resume_checkpoint} holds step {step}, expected {spec.resume_step}"
+                )
+        log.info(
+            "attempt %d: %s parameters, %d steps from step %d, %s",
+            spec.number, f"{self.num_parameters:,}", trial.train.num_steps, self.step, world.layout,
+        )  # fmt: skip
+
+    def _train_one_step(self) -> None:
+        train, started = self.trial.train, time.perf_counter()
+        self.model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        losses = self.forward_backward(
+            forward_step_func=_forward_step,
+            data_iterator=self._micro_batches(),
+            model=[self.model],
+            num_microbatches=self.batches.num_micro_batches,
+            seq_length=self.trial.data.sequence_length,
+            micro_batch_size=self.micro_batch,
+            forward_only=False,
+        )
+        loss = float(self.world.mean_over_data_ranks(torch.stack(losses).mean()))
+        lr = learning_rate(train, self.step)
+        norm = update(self.optimizer, lr, train.clip_gradient_norm) if math.isfinite(loss) else math.nan
+        seconds = time.perf_counter() - started
+        self.training_seconds += seconds
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        self.journal.write(
+            StepRecord(
+                step=self.step,
+                tokens=self.step * train.batch_tokens,
+                fraction=self.step / train.num_steps,
+                lr=lr,
+                loss_nats=run_dir.finite_or_none(loss),
+                gradient_norm=run_dir.finite_or_none(norm),
+                tokens_per_second=train.batch_tokens / seconds,
+                nonfinite=not finite,
+            )
+        )
+        if not finite:
+            raise NonFinite(f"loss {loss}, gradient norm {norm} at step {self.step}")
+
+    def _micro_batches(self) -> Iterator[dict[str, torch.Tensor]]:
+        for batch in self.batches.micro_batches(self.step - 1):
+            yield {name: tensor.to(self.world.device) for name, tensor in batch.items()}
+
+    def _checkpoint_is_due(self) -> bool:
+        every = self.spec.checkpoint_every_steps
+        return every is not None and self.step % every == 0
+
+    def _save(self) -> None:
+        if self.step > self.spec.resume_step:
+            checkpoint.save(self.spec.attempt_dir, self.step, self.model, self.optimizer, self.spec.keep_checkpoints)
+
+    def summary(self, outcome: Any, error: str | None) -> Summary:
+        num_tokens = (self.step - self.spec.resume_step) * self.trial.train.batch_tokens
+        return Summary(
+            outcome=outcome,
+            step=self.step,
+            resume_step=self.spec.resume_step,
+            seconds=time.monotonic() - self.started,
+            tokens_per_second=num_tokens / self.training_seconds if self.training_seconds else None,
+            peak_memory_bytes=devices.peak_memory_bytes(self.world.device),
+            num_parameters=self.num_parameters,
+            error=error,
+        )
+
+
+def _forward_step(batches: Iterator[dict[str, torch.Tensor]], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+    """Megatron's forward step: per-token losses [B, S], and the function that makes them one number."""
+    batch = next(batches)
+    losses = token_losses(model, batch)
+
+    def mean_loss(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        loss = (losses.float() * batch["loss_mask"]).sum() / batch["loss_mask"].sum()
+        return loss, loss.detach()
+
+    return losses, mean_loss

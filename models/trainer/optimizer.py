@@ -1,0 +1,63 @@
+"""Megatron's DDP and AdamW around a model, and one update with clipping."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
+
+from models import device as devices
+from models.config import TrialConfig
+
+
+def wrap(trial: TrialConfig, model: GPTModel, device: str) -> tuple[DistributedDataParallel, Any]:
+    """The model in Megatron's DDP, and its optimizer: the distributed one on CUDA, the plain one on CPU."""
+    on_cuda = device == "cuda"
+    model.config.finalize_model_grads_func = finalize_model_grads
+    ddp = DistributedDataParallel(
+        config=model.config,
+        ddp_config=DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True, use_distributed_optimizer=on_cuda, overlap_grad_reduce=False
+        ),
+        module=model,
+    )
+    train = trial.train
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=train.lr,
+        min_lr=train.lr * train.min_lr_fraction,
+        weight_decay=train.weight_decay,
+        adam_beta1=train.beta1,
+        adam_beta2=train.beta2,
+        adam_eps=train.epsilon,
+        bf16=trial.precision == "bf16",
+        params_dtype=torch.bfloat16 if trial.precision == "bf16" else torch.float32,
+        use_distributed_optimizer=on_cuda,
+        clip_grad=0.0,  # clipped in ``update``, so that a non-finite gradient never reaches the weights
+    )
+    # Any of the two exempts a parameter: one-dimensional ones are norms and biases.
+    without_decay = ParamKey(
+        name="*gate_parameter",
+        predicate=ParamPredicate("one_dimensional", lambda parameter: parameter.ndim == 1),
+    )
+    optimizer = get_megatron_optimizer(config, [ddp], config_overrides={without_decay: {"wd_mult": 0.0}})
+    return ddp, optimizer
+
+
+def update(optimizer: Any, lr: float, max_norm: float) -> float:
+    """Clip by global norm and step. Returns the norm before clipping; a non-finite one leaves the weights alone."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.prepare_grads()
+    norm = float(optimizer.get_grad_norm())
+    if not math.isfinite(norm):
+        return norm
+    gradients = [parameter.grad for parameter in optimizer.get_parameters() if parameter.grad is not None]
+    devices.scale_gradients(gradients, norm, max_norm)
+    optimizer.step_with_ready_grads()
+    return norm

@@ -1,0 +1,82 @@
+"""The process group that a gang's ranks share; it outlives a trial, so that a warm gang starts the next at once."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from megatron.core import parallel_state
+from torch import distributed
+
+from models import device as devices
+from models.config import Layout
+
+
+@dataclass(frozen=True)
+class World:
+    """A rank's place: its number, the layout, the device, and Megatron's parallel state behind them."""
+
+    rank: int
+    layout: Layout
+    device: str
+
+    @classmethod
+    def join(
+        cls,
+        rank: int,
+        layout: Layout,
+        device: str,
+        init_method: str,
+        *,
+        local_rank: int = 0,
+        num_threads: int = 1,
+        timeout_seconds: float = 600.0,
+    ) -> World:
+        """Enter the gang. Blocks until every rank has come; ``init_method`` is torch's rendezvous URL."""
+        torch.set_num_threads(num_threads)
+        devices.prepare(device, local_rank)
+        distributed.init_process_group(
+            devices.collective_backend(device),
+            init_method=init_method,
+            rank=rank,
+            world_size=layout.world_size,
+            timeout=datetime.timedelta(seconds=timeout_seconds),
+        )
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=layout.tensor, pipeline_model_parallel_size=layout.pipeline
+        )
+        return cls(rank=rank, layout=layout, device=device)
+
+    def leave(self) -> None:
+        parallel_state.destroy_model_parallel()
+        distributed.destroy_process_group()
+
+    @property
+    def is_writer(self) -> bool:
+        """Rank 0 writes the run dir."""
+        return self.rank == 0
+
+    @property
+    def data_rank(self) -> int:
+        return int(parallel_state.get_data_parallel_rank())
+
+    def agree(self, flag: Callable[[], bool]) -> bool:
+        """Rank 0's answer, on every rank: all stop at the same step or none."""
+        if self.layout.world_size == 1:
+            return flag()
+        value = torch.tensor([int(flag()) if self.is_writer else 0], device=self.device)
+        distributed.broadcast(value, src=0)
+        return bool(value.item())
+
+    def mean_over_data_ranks(self, value: torch.Tensor) -> torch.Tensor:
+        if self.layout.data > 1:
+            distributed.all_reduce(value, group=parallel_state.get_data_parallel_group())
+            value = value / self.layout.data
+        return value
+
+    def sum_over_data_ranks(self, value: torch.Tensor) -> torch.Tensor:
+        if self.layout.data > 1:
+            distributed.all_reduce(value, group=parallel_state.get_data_parallel_group())
+        return value
