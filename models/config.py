@@ -101,11 +101,15 @@ class GateConfig(Frozen):
         if self.shared_average == "logits" and self.sharing != "head_shared":
             raise ValueError("shared_average logits needs sharing head_shared")
         if self.input == "constant":
-            extra = self.model_fields_set - {"position", "input", "scale", "combine"}
-            if extra or self.combine != "multiplicative":
+            free = ("position", "input", "scale")
+            extra = [
+                name
+                for name, field in type(self).model_fields.items()
+                if name not in free and getattr(self, name) != field.default
+            ]
+            if extra:
                 raise ValueError(
-                    "input constant multiplies by scale and takes only position, scale; got also "
-                    + ", ".join(sorted(extra or {"combine"}))
+                    f"input constant multiplies by scale and takes only position and scale; got also {', '.join(extra)}"
                 )
             if self.scale == 1.0:
                 raise ValueError("input constant with scale 1.0 changes nothing; the half-scale control is scale: 0.5")

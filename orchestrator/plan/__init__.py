@@ -1,0 +1,204 @@
+"""Sweep -> trials in the order they run, what each one costs, and which cells cannot run. Pure but for reading files.
+
+The same file gives the same trials in the same order with the same fingerprints, on every machine. Mistakes that only
+a whole config shows are UserErrors; what is right but beyond this version or this layout is a Refusal.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from models import accounting
+from models.config import Layout, TrialConfig
+from orchestrator.plan.cells import (
+    CellError,
+    Leaves,
+    assignments,
+    axis_values,
+    compose,
+    excluded_by,
+    number_of_cells,
+)
+from orchestrator.plan.files import Files
+from orchestrator.plan.resolve import cell_config, matched, refusals
+from orchestrator.sweep import DocumentPath, Problems, Sweep, UserError
+
+MAX_TRIALS = 100_000
+
+__all__ = ["MAX_TRIALS", "Plan", "PlannedTrial", "Refusal", "expand"]
+
+
+@dataclass(frozen=True)
+class PlannedTrial:
+    """A cell and a seed, resolved. ``axes`` holds every axis of the sweep by its dotted name."""
+
+    position: int
+    """0-based, in the order of execution."""
+    arm: str
+    axes: dict[str, Any]
+    seed: int
+    config: TrialConfig
+    fingerprint: str
+    layout: Layout
+    num_parameters: int
+    training_flops: int
+    """Of the whole trial, validation not counted."""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A cell that will not run, and all reasons why; it has no trials."""
+
+    arm: str
+    axes: dict[str, Any]
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    sweep: Sweep
+    trials: tuple[PlannedTrial, ...]
+    refusals: tuple[Refusal, ...]
+
+    @property
+    def training_flops(self) -> int:
+        return sum(trial.training_flops for trial in self.trials)
+
+
+@dataclass(frozen=True)
+class _Cell:
+    arm: str
+    axes: dict[str, Any]
+    leaves: Leaves
+    config: TrialConfig
+
+    @property
+    def name(self) -> str:
+        values = ", ".join(f"{name}={value}" for name, value in self.axes.items())
+        return f"{self.arm} ({values})" if values else self.arm
+
+
+def expand(sweep: Sweep) -> Plan:
+    """All trials of a sweep; UserError when a cell makes no config or two cells are the same trial."""
+    num_trials = number_of_cells(sweep) * len(sweep.seeds)
+    if num_trials > MAX_TRIALS:
+        raise UserError(f"{sweep.places.file}: {num_trials:,} trials; allowed: at most {MAX_TRIALS:,}")
+    cells = _cells(sweep)
+    runnable: list[_Cell] = []
+    refused: list[Refusal] = []
+    for cell in cells:
+        config, reasons = cell.config, []
+        try:
+            config = matched(config, sweep, cell.arm)
+        except ValueError as error:
+            reasons.append(f"match {sweep.match.by} is impossible: {error}")
+        reasons += refusals(config, sweep.resources)
+        if reasons:
+            refused.append(Refusal(cell.arm, cell.axes, "; ".join(reasons)))
+        else:
+            runnable.append(_Cell(cell.arm, cell.axes, cell.leaves, config))
+    _refuse_identical(sweep, runnable)
+    return Plan(sweep, _in_order(sweep, runnable), tuple(refused))
+
+
+def _cells(sweep: Sweep) -> list[_Cell]:
+    """Every cell that is not excluded, with its config unmatched."""
+    files = Files(Path(sweep.path).parent)
+    cells: list[_Cell] = []
+    errors: dict[tuple[DocumentPath, str, bool], set[str]] = {}
+    used_entries: set[int] = set()
+    for arm in sweep.arms:
+        for assignment in assignments(sweep):
+            try:
+                leaves = compose(sweep, arm, assignment)
+                axes = axis_values(sweep, leaves)
+                matching = [index for index, entry in enumerate(sweep.exclude) if excluded_by(entry, arm, axes)]
+                used_entries.update(matching)
+                if not matching:
+                    cells.append(_Cell(arm, axes, leaves, cell_config(arm, leaves, files)))
+            except CellError as error:
+                errors.setdefault((error.source, error.message, error.on_key), set()).add(arm)
+    problems = Problems(sweep.places)
+    for (source, message, on_key), arms in errors.items():
+        of_arms = "" if len(arms) == len(sweep.arms) or source[0] == "arms" else f" (arm {', '.join(sorted(arms))})"
+        problems.add(source, message + of_arms, on_key=on_key)
+    for index in range(len(sweep.exclude)):
+        if index not in used_entries and not errors:
+            problems.add(("exclude", index), "matches no cell; allowed: an entry that drops at least one")
+    problems.raise_if_any()
+    _refuse_empty(sweep, cells)
+    _refuse_overrides_in_vain(sweep, cells)
+    return cells
+
+
+def _refuse_empty(sweep: Sweep, cells: list[_Cell]) -> None:
+    problems = Problems(sweep.places)
+    for arm in sweep.arms:
+        if all(cell.arm != arm for cell in cells):
+            problems.add(("arms", arm), "exclude drops every cell of this arm; allowed: at least one", on_key=True)
+    problems.raise_if_any()
+
+
+def _refuse_overrides_in_vain(sweep: Sweep, cells: Iterable[_Cell]) -> None:
+    """An override of a config value that no cell takes, since an arm or an axis sets it again."""
+    sources = {leaf.source for cell in cells for leaf in cell.leaves.values()}
+    for path, override in sweep.places.overrides.items():
+        if path[0] != "base" or any(source[: len(path)] == path for source in sources):
+            continue
+        name = ".".join(str(part) for part in path[1:])
+        if name in sweep.axis_names:
+            mend = f"it is an axis here; override axes.{name}=[...] instead"
+            mend = mend if name in sweep.axes else "zip or rows set it; override those as a whole"
+        else:
+            mend = f"every arm sets it; override arms.NAME.{name} instead"
+        raise UserError(f"override {override}: no cell takes this value: {mend}")
+
+
+def _refuse_identical(sweep: Sweep, cells: list[_Cell]) -> None:
+    """Two cells with one fingerprint would be one trial under two names."""
+    problems = Problems(sweep.places)
+    first_with: dict[str, _Cell] = {}
+    for cell in cells:
+        twin = first_with.setdefault(cell.config.fingerprint(), cell)
+        if twin is cell:
+            continue
+        row = next((leaf.source[:2] for leaf in cell.leaves.values() if leaf.source[0] == "rows"), None)
+        place = row if row is not None and twin.arm == cell.arm else ("arms", cell.arm)
+        problems.add(place, f"{cell.name} is the same trial as {twin.name}; allowed: cells that differ", on_key=True)
+    problems.raise_if_any()
+
+
+def _in_order(sweep: Sweep, cells: list[_Cell]) -> tuple[PlannedTrial, ...]:
+    """Blocks that hold every cell of one seed; within a block an order drawn from ``order_seed``.
+
+    Drawn by hash and not by a generator: a cell that is added or dropped leaves the order of the others as it is.
+    """
+    trials: list[PlannedTrial] = []
+    for seed in sweep.seeds:
+        block = [_trial(sweep, cell, seed) for cell in cells]
+        block.sort(key=lambda trial: hashlib.sha256(f"{sweep.order_seed}:{trial.fingerprint}".encode()).digest())
+        trials += block
+    return tuple(replace(trial, position=position) for position, trial in enumerate(trials))
+
+
+def _trial(sweep: Sweep, cell: _Cell, seed: int) -> PlannedTrial:
+    config = cell.config.model_copy(update={"seed": seed})
+    vocab_size = config.data.vocab_size
+    flops_per_token = accounting.training_flops_per_token(
+        config.model, config.gate, vocab_size, config.data.sequence_length
+    )
+    return PlannedTrial(
+        position=-1,
+        arm=cell.arm,
+        axes=cell.axes,
+        seed=seed,
+        config=config,
+        fingerprint=config.fingerprint(),
+        layout=sweep.resources.layout,
+        num_parameters=accounting.parameters(config.model, config.gate, vocab_size),
+        training_flops=flops_per_token * config.train.num_steps * config.train.batch_tokens,
+    )

@@ -1,0 +1,168 @@
+"""The cells of a sweep before they are configs: which values each one sets, and from which place of the file.
+
+Values are laid over one another as a flat map from config path to Leaf, base below, then the arm, then the axes, so
+that every value of a cell still knows its line.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any
+
+from models.config import ModelConfig
+from models.presets import PRESETS
+from orchestrator.sweep import Derived, DocumentPath, Sweep, check_value, config_fields
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One config value and where in the file it was written."""
+
+    value: Any
+    source: DocumentPath
+
+
+Leaves = dict[str, Leaf]
+
+
+class CellError(Exception):
+    """A cell that makes no config: the message, and the place in the file that it is about.
+
+    ``on_key``: it is about the key at that place, not about its value.
+    """
+
+    def __init__(self, source: DocumentPath, message: str, *, on_key: bool = False) -> None:
+        super().__init__(message)
+        self.source = source
+        self.message = message
+        self.on_key = on_key
+
+
+def assignments(sweep: Sweep) -> list[Leaves]:
+    """What the axes set, a map a cell: the product of axes and zip groups, then the rows.
+
+    With rows and neither axes nor zip there are only the rows. Derived axes go along in every cell.
+    """
+    derived: Leaves = {}
+    factors: list[list[Leaves]] = []
+    for name, axis in sweep.axes.items():
+        if isinstance(axis, Derived):
+            derived[name] = Leaf(axis, ("axes", name))
+        else:
+            factors.append([{name: Leaf(value, ("axes", name, index))} for index, value in enumerate(axis)])
+    for number, group in enumerate(sweep.zip):
+        points = range(len(next(iter(group.values()))))
+        factors.append(
+            [{name: Leaf(values[i], ("zip", number, name, i)) for name, values in group.items()} for i in points]
+        )
+    product = itertools.product(*factors) if factors or not sweep.rows else ()
+    cells = [derived | {name: leaf for part in parts for name, leaf in part.items()} for parts in product]
+    for number, row in enumerate(sweep.rows):
+        cells.append(derived | {name: Leaf(value, ("rows", number, name)) for name, value in row.items()})
+    return cells
+
+
+def number_of_cells(sweep: Sweep) -> int:
+    """Cells before exclusion, without making them."""
+    product = 1 if sweep.axes or sweep.zip or not sweep.rows else 0
+    for axis in sweep.axes.values():
+        product *= 1 if isinstance(axis, Derived) else len(axis)
+    for group in sweep.zip:
+        product *= len(next(iter(group.values())))
+    return (product + len(sweep.rows)) * len(sweep.arms)
+
+
+def compose(sweep: Sweep, arm: str, assignment: Leaves) -> Leaves:
+    """A cell's values: base, the arm over it, the axes over that; presets opened, derived values computed.
+
+    ``model.preset`` stays among them as the cell's value on that axis, though no config has it.
+    """
+    leaves: Leaves = {}
+    for nested, source in ((sweep.base, ("base",)), (sweep.arms[arm], ("arms", arm))):
+        for path, leaf in _flat(nested, "", source):
+            _lay_over(leaves, path, leaf)
+    for path, leaf in assignment.items():
+        _lay_over(leaves, path, leaf)
+    preset = leaves.get("model.preset")
+    if preset is not None:
+        for name in ModelConfig.model_fields:
+            leaves.setdefault(f"model.{name}", Leaf(getattr(PRESETS[preset.value], name), preset.source))
+    leaves.setdefault("precision", Leaf("fp32" if sweep.resources.gpus == 0 else "bf16", ("resources", "gpus")))
+    for path in [path for path, leaf in leaves.items() if isinstance(leaf.value, Derived)]:
+        _compute(leaves, path, (path,))
+    return leaves
+
+
+def nested(leaves: Leaves) -> dict[str, Any]:
+    """The values as TrialConfig takes them."""
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        if path == "model.preset":
+            continue
+        *sections, name = path.split(".")
+        node = tree
+        for section in sections:
+            node = node.setdefault(section, {})
+        node[name] = leaf.value
+    return tree
+
+
+def excluded_by(entry: Mapping[str, Any], arm: str, axes: Mapping[str, Any]) -> bool:
+    """Whether a cell matches all keys of an ``exclude`` entry."""
+    return all(arm == value if name == "arm" else axes[name] == value for name, value in entry.items())
+
+
+def axis_values(sweep: Sweep, leaves: Leaves) -> dict[str, Any]:
+    """The cell's value on every axis, also where only another row set it; None for a field of a gate that is not."""
+    return {name: _value(leaves, name) for name in sweep.axis_names}
+
+
+def _value(leaves: Leaves, path: str) -> Any:
+    """The value at ``path``, set or by default; None for a field of a gate that is not."""
+    if path in leaves:
+        return leaves[path].value
+    if path.startswith("gate.") and not any(other.startswith("gate.") for other in leaves):
+        return None
+    return config_fields()[path].default
+
+
+def _flat(tree: Mapping[str, Any], prefix: str, source: DocumentPath) -> Iterator[tuple[str, Leaf]]:
+    for name, value in tree.items():
+        below = (*source, name)
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.", below)
+        else:
+            yield f"{prefix}{name}", Leaf(value, below)
+
+
+def _lay_over(leaves: Leaves, path: str, leaf: Leaf) -> None:
+    """Set one value. ``gate: null`` clears the gate, and a field of a gate takes back an earlier ``gate: null``."""
+    section = path.partition(".")[0]
+    for old in [old for old in leaves if old.startswith(f"{path}.") or (old == section and old != path)]:
+        del leaves[old]
+    leaves.pop(path, None)
+    leaves[path] = leaf
+
+
+def _compute(leaves: Leaves, path: str, chain: tuple[str, ...]) -> Any:
+    """The number at ``path``; a derived one is computed first, in decimal, so that 3 x 0.1 is 0.3."""
+    value = _value(leaves, path)
+    if not isinstance(value, Derived):
+        return value
+    leaf = leaves[path]
+    source, times = value.of, value.times
+    if source in chain:
+        raise CellError(leaf.source, f"derived values in a circle: {' -> '.join((*chain, source))}")
+    number = _compute(leaves, source, (*chain, source))
+    if isinstance(number, bool) or not isinstance(number, int | float):
+        raise CellError(leaf.source, f"is a multiple of {source}, which has no value here")
+    product = float(Decimal(repr(number)) * Decimal(repr(times)))
+    try:
+        checked = check_value(config_fields()[path], product)
+    except ValueError as error:
+        raise CellError(leaf.source, f"{times:g} times {source} {number:g}: {error}") from error
+    leaves[path] = Leaf(checked, leaf.source)
+    return checked

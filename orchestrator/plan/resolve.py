@@ -1,0 +1,119 @@
+"""A cell's values -> its TrialConfig: files looked up, everything checked as a whole, the FFN width matched."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from models.accounting import default_ffn_multiple, match_ffn_size, match_ffn_size_for_flops
+from models.config import TrialConfig
+from orchestrator.plan.cells import CellError, Leaf, Leaves, nested
+from orchestrator.plan.files import FileError, Files
+from orchestrator.sweep import MatchConfig, ResourcesConfig, Sweep, config_fields
+
+_LAYERS = ("resources", "base", "arms", "axes", "zip", "rows")
+"""First keys of a place in the file, later ones laid over earlier ones."""
+
+
+def cell_config(arm: str, leaves: Leaves, files: Files) -> TrialConfig:
+    """The config of a cell, with seed 0 and the FFN width not yet matched; CellError when its values make none."""
+    values = nested(leaves)
+    values["seed"] = 0
+    _look_up_files(values, leaves, files)
+    try:
+        return TrialConfig.model_validate(values)
+    except ValidationError as error:
+        raise _cell_error(error.errors()[0], arm, leaves) from error
+
+
+def _look_up_files(values: dict[str, Any], leaves: Leaves, files: Files) -> None:
+    data = values.setdefault("data", {})
+    for name, look_up in (("corpus", files.corpus), ("tokenizer", files.tokenizer)):
+        path = f"data.{name}"
+        leaf = leaves.get(path, Leaf(config_fields()[path].default, ("base", "data")))
+        try:
+            data |= look_up(leaf.value)
+        except FileError as problem:
+            raise CellError(leaf.source, str(problem)) from problem
+
+
+def matched(config: TrialConfig, sweep: Sweep, arm: str) -> TrialConfig:
+    """``config`` with the FFN width of its match; ValueError when there is no such width.
+
+    An arm that sets ``model.ffn_size`` itself keeps it.
+    """
+    match: MatchConfig = sweep.match
+    if match.by == "none" or config.gate is None or "ffn_size" in sweep.arms[arm].get("model", {}):
+        return config
+    multiple = match.ffn_multiple or default_ffn_multiple(config.model)
+    multiple = math.lcm(multiple, sweep.resources.layout.tensor)
+    match_width = match_ffn_size if match.by == "parameters" else match_ffn_size_for_flops
+    model = config.model.model_copy(update={"ffn_size": match_width(config.model, config.gate, multiple)})
+    return config.model_copy(update={"model": model})
+
+
+def refusals(config: TrialConfig, resources: ResourcesConfig) -> list[str]:
+    """Why this version cannot run the config on this layout; empty when it can."""
+    layout, model, reasons = resources.layout, config.model, []
+    for name in ("pipeline", "expert"):
+        if (ranks := getattr(layout, name)) > 1:
+            reasons.append(f"layout.{name} {ranks}: not in this version, which takes 1")
+    sizes = {
+        "model.num_query_heads": model.num_query_heads,
+        "model.num_kv_heads": model.num_kv_heads,
+        "model.ffn_size": model.ffn_size,
+        "vocabulary": config.data.vocab_size,
+    }
+    for name, size in sizes.items():
+        if size % layout.tensor:
+            reasons.append(f"{name} {size:,} is not divisible by layout.tensor {layout.tensor}")
+    sequences, micro = config.batch_sequences, resources.micro_batch_sequences
+    batch = f"a batch of {sequences:,} sequences ({config.train.batch_tokens:,} tokens)"
+    if sequences % layout.data:
+        reasons.append(f"{batch} is not divisible by layout.data {layout.data}")
+    elif micro is not None and sequences % (micro * layout.data):
+        reasons.append(f"{batch} is not divisible by micro_batch_sequences {micro} x layout.data {layout.data}")
+    if config.precision == "bf16" and resources.gpus == 0:
+        reasons.append("precision bf16 needs GPUs (resources.gpus is 0); a CPU takes fp32")
+    return reasons
+
+
+def _cell_error(detail: ErrorDetails, arm: str, leaves: Leaves) -> CellError:
+    """pydantic's error, at the place in the file that made it."""
+    path = ".".join(str(part) for part in detail["loc"])
+    message = detail["msg"].removeprefix("Value error, ")
+    if detail["type"] == "missing":
+        return _missing(path, arm, leaves)
+    prefix = f"{path}." if path else ""
+    inside = {name: leaf for name, leaf in leaves.items() if name == path or name.startswith(prefix)}
+    return CellError(_blamed(inside, message).source, message)
+
+
+def _missing(path: str, arm: str, leaves: Leaves) -> CellError:
+    section, _, name = path.rpartition(".")
+    if not section:
+        return CellError(("base",), f"missing key {name}; set it in base, an arm or an axis", on_key=True)
+    inside = {known: leaf for known, leaf in leaves.items() if known.startswith(f"{section}.")}
+    allowed = config_fields()[path].allowed
+    if not inside:
+        return CellError(("base",), f"missing key {path}; allowed: {allowed}", on_key=True)
+    latest = max(inside.values(), key=lambda leaf: _LAYERS.index(str(leaf.source[0])))
+    if latest.source[0] in ("base", "arms"):
+        return CellError(latest.source[:-1], f"missing key {name}; allowed: {allowed}", on_key=True)
+    return CellError(latest.source, f"sets a part of {section}, but arm {arm} lacks {path}")
+
+
+def _blamed(inside: Mapping[str, Leaf], message: str) -> Leaf:
+    """The value that a message is about: of those it names, the one laid on last, then the one it names first."""
+
+    def where(path: str) -> int:
+        found = re.search(rf"\b{path.rpartition('.')[2]}\b", message)
+        return found.start() if found else -1
+
+    named = {path: leaf for path, leaf in inside.items() if where(path) >= 0} or inside
+    return max(named.items(), key=lambda item: (_LAYERS.index(str(item[1].source[0])), -where(item[0])))[1]

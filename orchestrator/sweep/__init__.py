@@ -1,0 +1,42 @@
+"""A sweep file, read: ``load`` for a path, ``parse`` for a text that the store kept. The only reader of YAML.
+
+What is wrong with a file, its data or an override comes out as one UserError that is a whole message.
+"""
+
+from orchestrator.sweep.document import DocumentPath, Places, Problems, UserError
+from orchestrator.sweep.fields import KnownField, check_value, config_fields
+from orchestrator.sweep.parsing import load, parse
+from orchestrator.sweep.settings import (
+    BudgetConfig,
+    CheckpointConfig,
+    Derived,
+    DivergenceConfig,
+    MatchConfig,
+    PruneConfig,
+    ResourcesConfig,
+    RetryConfig,
+    Sweep,
+    VerdictConfig,
+)
+
+__all__ = [
+    "BudgetConfig",
+    "CheckpointConfig",
+    "Derived",
+    "DivergenceConfig",
+    "DocumentPath",
+    "KnownField",
+    "MatchConfig",
+    "Places",
+    "Problems",
+    "PruneConfig",
+    "ResourcesConfig",
+    "RetryConfig",
+    "Sweep",
+    "UserError",
+    "VerdictConfig",
+    "check_value",
+    "config_fields",
+    "load",
+    "parse",
+]

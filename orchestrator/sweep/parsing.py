@@ -1,0 +1,152 @@
+"""From a file and overrides to a Sweep: every key known, every value of the right kind, every mistake with its place.
+
+Whole configs are not made here: a mistake that only a combination shows (a headwise gate at a place without heads) is
+found by ``plan.expand``, which reports it in the same form.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from orchestrator.sweep.document import DocumentPath, Problems, UserError, read_document
+from orchestrator.sweep.fields import check_section, check_value, config_section, known_field, section_of, unknown_key
+from orchestrator.sweep.grammar import read_axes, read_exclude, read_rows, read_zip, refuse_double_settings
+from orchestrator.sweep.override import apply_override
+from orchestrator.sweep.settings import ArmName, Seed, Settings, Sweep
+from orchestrator.sweep.wording import describe, nearest
+
+_REQUIRED = ("name", "question", "base", "baseline", "arms", "seeds")
+_CELL_KEYS = ("base", "baseline", "arms", "axes", "zip", "rows", "exclude", "seeds")
+_KEYS = tuple(dict.fromkeys((*_REQUIRED, *_CELL_KEYS, *Settings.model_fields)))
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
+    """Read a sweep file. ``overrides`` are ``train.tokens=1e6``; UserError for whatever is wrong with either."""
+    path = Path(path)
+    if path.is_dir():
+        inside = sorted(found.name for found in path.glob("*.y*ml"))
+        raise UserError(f"{path}: got a folder; allowed: a sweep file" + (f" ({', '.join(inside)})" if inside else ""))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file{_nearest_file(path)}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    return parse(text, path, overrides)
+
+
+def parse(text: str, path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
+    """A sweep from the text of a file that need not be there any more (the store keeps it).
+
+    ``path`` names the file in messages; relative paths in the sweep start at its folder.
+    """
+    tree, places = read_document(text, str(path))
+    if isinstance(tree.get("match"), str):
+        # The short form; written out here so that an override of match.ffn_multiple finds a mapping.
+        tree["match"] = {"by": tree["match"]}
+        places.values[("match", "by")] = places.values[("match",)]
+    for override in overrides:
+        apply_override(tree, override, places)
+    problems = Problems(places)
+    values = _settings(tree, problems)
+    values |= _cells(tree, problems)
+    problems.raise_if_any()
+    sweep = Sweep(**values, text=text, overrides=tuple(overrides), path=os.path.abspath(path))
+    sweep._places = places
+    return sweep
+
+
+def _settings(tree: dict[str, Any], problems: Problems) -> dict[str, Any]:
+    """The keys of ``Settings``, as models; also the unknown and the missing keys."""
+    for key in tree:
+        if key not in _KEYS:
+            problems.add((key,), unknown_key(key, _KEYS), on_key=True)
+    for key in _REQUIRED:
+        if key not in tree:
+            problems.add((), f"the sweep has no key {key}; a sweep needs {', '.join(_REQUIRED)}")
+    section = section_of(Settings)
+    present = {key: value for key, value in tree.items() if key in section.fields}
+    checked = check_section(section, present, (), problems)
+    for name, info in Settings.model_fields.items():
+        if name in checked and isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+            try:
+                checked[name] = info.annotation.model_validate(checked[name])
+            except ValidationError as error:
+                problems.add((name,), str(error.errors()[0]["msg"]).removeprefix("Value error, "))
+    return checked
+
+
+def _cells(tree: dict[str, Any], problems: Problems) -> dict[str, Any]:
+    """What makes the cells: base, arms, axes, zip, rows, exclude, seeds."""
+    base = check_section(config_section(), tree.get("base", {}), ("base",), problems, derived=True)
+    arms = _arms(tree.get("arms", {}), problems)
+    axes = read_axes(tree.get("axes", {}), problems)
+    zipped = read_zip(tree.get("zip", []), problems)
+    rows = read_rows(tree.get("rows", []), problems)
+    refuse_double_settings(arms, axes, zipped, rows, problems)
+    varied = [*axes, *(name for group in zipped for name in group), *(name for row in rows for name in row)]
+    exclude = read_exclude(tree.get("exclude", []), list(arms), varied, problems)
+    baseline = tree.get("baseline")
+    if "baseline" in tree and "arms" in tree and baseline not in tree["arms"]:
+        known = list(arms)
+        problems.add(("baseline",), f"got {describe(baseline)}; allowed: {', '.join(known)}{nearest(baseline, known)}")
+    return {
+        "base": base,
+        "baseline": baseline,
+        "arms": arms,
+        "axes": axes,
+        "zip": zipped,
+        "rows": rows,
+        "exclude": exclude,
+        "seeds": _seeds(tree.get("seeds", [1]), problems),
+    }
+
+
+def _arms(node: object, problems: Problems) -> dict[str, dict[str, Any]]:
+    if not isinstance(node, dict):
+        problems.add(("arms",), f"got {describe(node)}; allowed: a mapping of arms, such as baseline: {{}}")
+        return {}
+    name_field = known_field(ArmName)
+    arms: dict[str, dict[str, Any]] = {}
+    for name, content in node.items():
+        path: DocumentPath = ("arms", name)
+        try:
+            check_value(name_field, name)
+        except ValueError as error:
+            problems.add(path, f"the arm's name: {error}", on_key=True)
+        arms[name] = check_section(config_section(), {} if content is None else content, path, problems, derived=True)
+    return arms
+
+
+def _seeds(node: object, problems: Problems) -> tuple[int, ...]:
+    if not isinstance(node, list) or not node:
+        problems.add(("seeds",), f"got {describe(node)}; allowed: a list of whole numbers, such as [1, 2]")
+        return ()
+    seed_field = known_field(Seed)
+    seeds: list[int] = []
+    for index, value in enumerate(node):
+        try:
+            seed = check_value(seed_field, value)
+        except ValueError as error:
+            problems.add(("seeds", index), str(error))
+            continue
+        assert isinstance(seed, int)
+        if seed in seeds:
+            problems.add(("seeds", index), f"got {seed} twice; allowed: every seed once")
+        seeds.append(seed)
+    return tuple(seeds)
+
+
+def _nearest_file(path: Path) -> str:
+    folder = path.parent
+    names = [found.name for found in folder.glob("*.y*ml")] if folder.is_dir() else []
+    close = difflib.get_close_matches(path.name, names, n=1, cutoff=0.5)
+    return f" (did you mean {folder / close[0]}?)" if close else ""

@@ -1,0 +1,144 @@
+"""What a sweep is, once read: frozen, checked, still unexpanded. Every option here does something.
+
+``base`` and ``arms`` hold nested config values that are checked one by one but not yet as a whole: only a cell has a
+whole config, and making cells is the plan's work.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, PrivateAttr, model_validator
+
+from models.config import Count, Frozen, Integer, Layout, Positive
+from orchestrator.sweep.document import Places
+
+Seed = Annotated[Integer, Field(ge=0, le=2**31 - 1)]
+"""As far as every random generator of the stack takes it (numpy's is the narrowest)."""
+
+
+ArmName = Annotated[
+    str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,79}$", description="letters, digits, - and _, at most 80")
+]
+"""No dots, so that an override can name an arm: ``arms.g1.gate.init=zero``."""
+
+
+class Derived(Frozen):
+    """``{of: PATH, times: NUMBER}``: a value that is a multiple of another config field of the same cell."""
+
+    of: str
+    times: float
+
+
+class MatchConfig(Frozen):
+    """What gated arms have in common with their ungated twin; the FFN width gives way, as in the paper."""
+
+    by: Literal["none", "parameters", "flops"] = "none"
+    ffn_multiple: Count | None = None
+    """The width stays a multiple of this; None: 128 for models of hidden size 1024 and more, else 2."""
+
+    @model_validator(mode="after")
+    def _multiple_is_used(self) -> MatchConfig:
+        if self.by == "none" and self.ffn_multiple is not None:
+            raise ValueError("ffn_multiple needs by: parameters or by: flops")
+        return self
+
+
+class VerdictConfig(Frozen):
+    margin: Positive | None = None
+    """Differences in nats a token below this count as none; None: nothing is called equivalent."""
+    alpha: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.05
+
+
+class DivergenceConfig(Frozen):
+    """When a trial is stopped as diverged. A non-finite loss always is."""
+
+    loss_above_start: Positive | None = 1.0
+    """Nats above the first loss; None: this rule is off."""
+    loss_above_best: Positive | None = 1.5
+    """Nats above the trial's own best so far; None: this rule is off."""
+    patience_steps: Count = 5
+    """Steps in a row that a rule must hold."""
+    gradient_norm_above: Positive | None = 1000.0
+    warmup_steps: Annotated[Integer, Field(ge=0)] = 0
+    """Steps at the start in which no rule looks."""
+
+
+class PruneConfig(Frozen):
+    divergence: DivergenceConfig = DivergenceConfig()
+
+
+class ResourcesConfig(Frozen):
+    """What one rank takes, and how a trial is spread over ranks."""
+
+    gpus: Annotated[float, Field(ge=0.0)] = 0.0
+    cpus: Positive = 1.0
+    layout: Layout = Layout()
+    micro_batch_sequences: Count | None = None
+    """Sequences a rank takes at once; None: its whole share of the batch."""
+
+
+class RetryConfig(Frozen):
+    """Attempts beside the first one, by cause."""
+
+    infrastructure: Annotated[Integer, Field(ge=0)] = 5
+    error: Annotated[Integer, Field(ge=0)] = 0
+
+
+class BudgetConfig(Frozen):
+    wall_hours: Positive | None = None
+    """A cap: the controller stops cleanly when it is reached."""
+
+
+class CheckpointConfig(Frozen):
+    every_steps: Count | None = None
+    keep: Count = 2
+
+
+class Settings(Frozen):
+    """The keys of a sweep file that are no grammar of cells."""
+
+    name: Annotated[
+        str,
+        Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,79}$", description="lower-case letters, digits, - and _, at most 80"),
+    ]
+    question: Annotated[str, Field(min_length=1, description="text, not empty")]
+    match: MatchConfig = MatchConfig()
+    order_seed: Integer = 0
+    """Draws the order of the trials within a block."""
+    verdict: VerdictConfig = VerdictConfig()
+    prune: PruneConfig = PruneConfig()
+    resources: ResourcesConfig = ResourcesConfig()
+    retry: RetryConfig = RetryConfig()
+    budget: BudgetConfig = BudgetConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+
+class Sweep(Settings):
+    """One question. Dotted names (``train.lr``) are config paths; lists of values are in file order."""
+
+    base: dict[str, Any]
+    baseline: str
+    arms: dict[str, dict[str, Any]]
+    axes: dict[str, tuple[Any, ...] | Derived] = Field(default_factory=dict)
+    zip: tuple[dict[str, tuple[Any, ...]], ...] = ()
+    rows: tuple[dict[str, Any], ...] = ()
+    exclude: tuple[dict[str, Any], ...] = ()
+    seeds: tuple[Seed, ...]
+    text: str = ""
+    """The file as it was read."""
+    overrides: tuple[str, ...] = ()
+    path: str = ""
+    """Absolute; relative paths in the file start at its folder."""
+    _places: Places = PrivateAttr(default_factory=Places)
+
+    @property
+    def places(self) -> Places:
+        """Where the values stand in the file; only a sweep that was read from one knows."""
+        return self._places
+
+    @property
+    def axis_names(self) -> tuple[str, ...]:
+        """Every config path that varies besides the arm, in file order: axes, then zip, then rows."""
+        names = [*self.axes, *(name for group in self.zip for name in group), *(n for row in self.rows for n in row)]
+        return tuple(dict.fromkeys(names))
