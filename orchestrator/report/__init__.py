@@ -1,0 +1,25 @@
+"""Tables out of the store: results with their verdicts, plans, status. Everything printed here was computed below."""
+
+from orchestrator.report.formats import to_csv, to_json, to_markdown
+from orchestrator.report.listings import plan_table, status_table
+from orchestrator.report.results import results
+from orchestrator.report.tables import tabulate
+from orchestrator.report.terminal import ResultsView, to_text
+from orchestrator.report.tree import ArmRow, Results, SweepHeading, TrialResult, VerdictTable
+
+__all__ = [
+    "ArmRow",
+    "Results",
+    "ResultsView",
+    "SweepHeading",
+    "TrialResult",
+    "VerdictTable",
+    "plan_table",
+    "results",
+    "status_table",
+    "tabulate",
+    "to_csv",
+    "to_json",
+    "to_markdown",
+    "to_text",
+]

@@ -1,0 +1,151 @@
+"""What is about to run (``gatesweep plan``) and what stands where (``gatesweep status``), for a terminal."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.table import Table
+from rich.text import Text
+
+from orchestrator.report.figures import (
+    NOTHING,
+    axes_text,
+    axis_text,
+    count_text,
+    flops_text,
+    plural,
+    states_text,
+    wrapped,
+)
+from orchestrator.report.tree import STATES
+
+if TYPE_CHECKING:
+    from orchestrator.plan import Plan, Refusal
+    from orchestrator.store import Store, SweepRow, TrialRow
+
+NUM_EVENTS = 3
+NUM_FAILED = 5
+NUM_LOG_LINES = 5
+
+_OVER = ("COMPLETE", "DIVERGED", "PRUNED")
+"""States in which a run leaves a trial alone."""
+
+NEW = "new"
+
+_LEFT = ("arm", "state", "sweep", "run by")
+_GAP = 2
+
+
+@dataclass(frozen=True)
+class _Listing:
+    """A table where it fits, else a line a row, wrapped between words: a number is never broken."""
+
+    headings: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        widths = [max(map(len, column)) for column in zip(self.headings, *self.rows, strict=True)]
+        if sum(widths) + _GAP * (len(widths) - 1) > options.max_width:
+            for row in self.rows:
+                facts = [f"{name} {cell}" for name, cell in zip(self.headings, row, strict=True) if cell != NOTHING]
+                yield Text("\n".join(wrapped(", ".join(facts), options.max_width)))
+            return
+        table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, _GAP - 1, 0, 0))
+        for heading in self.headings:
+            table.add_column(Text(heading, style="bold"), justify="left" if heading in _LEFT else "right", no_wrap=True)
+        for row in self.rows:
+            table.add_row(*map(Text, row))
+        yield table
+
+
+def plan_table(plan: Plan, states: Mapping[str, str] | None = None) -> RenderableType:
+    """Every trial of a plan, the refusals first and the totals last. ``states``: of the fingerprints in the store."""
+    known = states or {}
+    names = list(dict.fromkeys(name for trial in plan.trials for name in trial.axes))
+    rows: list[tuple[str, ...]] = []
+    for number, trial in enumerate(plan.trials, start=1):
+        axes = [axis_text(trial.axes[name]) if name in trial.axes else NOTHING for name in names]
+        state = known.get(trial.fingerprint, NEW)
+        size, flops = f"{trial.num_parameters:,}", flops_text(trial.training_flops)
+        rows.append((str(number), trial.arm, *axes, str(trial.seed), size, flops, state))
+    table = _Listing(("#", "arm", *names, "seed", "parameters", "FLOPs", "state"), tuple(rows))
+    parts: list[RenderableType] = [Text.assemble((plan.sweep.name, "bold"), f": {plan.sweep.question}"), Text("")]
+    parts += _refusal_lines(plan.refusals)
+    parts += [table, Text("")] if plan.trials else []
+    return Group(*parts, *map(Text, _plan_totals(plan, known)))
+
+
+def _refusal_lines(refusals: Sequence[Refusal]) -> list[Text]:
+    """Cells under their reason, which many of them tend to share."""
+    if not refusals:
+        return []
+    lines = [Text(f"refused: {plural(len(refusals), 'cell')}", style="bold red")]
+    for reason in dict.fromkeys(refusal.reason for refusal in refusals):
+        lines.append(Text(f"  {reason}", style="red"))
+        same = [refusal for refusal in refusals if refusal.reason == reason]
+        lines += [Text(f"    {', '.join(filter(None, (cell.arm, axes_text(cell.axes))))}") for cell in same]
+    return [*lines, Text("")]
+
+
+def _plan_totals(plan: Plan, known: Mapping[str, str]) -> list[str]:
+    left = [trial for trial in plan.trials if known.get(trial.fingerprint, NEW) not in _OVER]
+    states = Counter(known.get(trial.fingerprint, NEW) for trial in plan.trials)
+    counts = {state: states[state] for state in (NEW, *STATES) if states[state]}
+    lines = [
+        f"{plural(len(plan.trials), 'trial')}: {states_text(counts)}; {plural(len(plan.refusals), 'cell')} refused",
+    ]
+    if plan.trials:
+        sizes = sorted({trial.num_parameters for trial in plan.trials})
+        span = " to ".join(count_text(size) for size in dict.fromkeys((sizes[0], sizes[-1])))
+        flops, flops_left = (sum(trial.training_flops for trial in trials) for trials in (plan.trials, left))
+        work = f"{flops_text(flops)} training FLOPs in all, {flops_text(flops_left)} still to do"
+        lines.append(f"{span} parameters a trial; {work}")
+    return lines
+
+
+def status_table(store: Store) -> RenderableType:
+    """A row a sweep with its trials by state and last event; below, what happened lately and why trials failed."""
+    sweeps = store.sweeps()
+    if not sweeps:
+        return Text("the store holds no sweep yet; start one with: gatesweep run FILE")
+    trials = {sweep.name: store.trials(sweep.id) for sweep in sweeps}
+    states = {name: Counter(trial.state for trial in of_sweep) for name, of_sweep in trials.items()}
+    shown = [state for state in STATES if any(counts[state] for counts in states.values())]
+    rows: list[tuple[str, ...]] = []
+    parts: list[RenderableType] = []
+    for sweep in sweeps:
+        holder = store.lease_holder(sweep.id)
+        counts = (f"{states[sweep.name][state]:,}" for state in shown)
+        rows.append((sweep.name, *counts, f"{len(trials[sweep.name]):,}", NOTHING if holder is None else holder[0]))
+        parts += [*_last_events(store, sweep), *_failed_trials(store, sweep, trials[sweep.name])]
+    headings = ("sweep", *(state.lower() for state in shown), "all", "run by")
+    return Group(_Listing(headings, tuple(rows)), *parts)
+
+
+def _last_events(store: Store, sweep: SweepRow) -> list[Text]:
+    events = store.events(sweep.id)[-NUM_EVENTS:]
+    lines = [f"  {event.at:%Y-%m-%d %H:%M:%S} UTC  {event.kind}: {event.message}" for event in events]
+    return [Text(""), Text(f"{sweep.name}: last events", style="bold"), *map(Text, lines)] if lines else []
+
+
+def _failed_trials(store: Store, sweep: SweepRow, trials: list[TrialRow]) -> list[Text]:
+    failed = [trial for trial in trials if trial.state == "FAILED"]
+    if not failed:
+        return []
+    parts = [Text(""), Text(f"{sweep.name}: {plural(len(failed), 'failed trial')}", style="bold red")]
+    for trial in failed[:NUM_FAILED]:
+        axes = f", {axes_text(trial.axes)}" if trial.axes else ""
+        parts.append(Text(f"  {trial.fingerprint}  {trial.arm}{axes}, seed {trial.seed}"))
+        parts.append(Text(f"    {trial.cause or 'cause unknown'}: {trial.reason or 'no reason recorded'}"))
+        attempts = store.attempts(trial.fingerprint)
+        log = (attempts[-1].log_tail or "") if attempts else ""
+        parts += [Text(f"    | {line}", style="dim") for line in log.splitlines()[-NUM_LOG_LINES:]]
+    if len(failed) > NUM_FAILED:
+        parts.append(Text(f"  and {len(failed) - NUM_FAILED:,} more"))
+    parts.append(Text(f"  once mended: gatesweep rerun {sweep.name} --failed"))
+    return parts

@@ -1,0 +1,226 @@
+"""From trials to verdict tables. Pure.
+
+Axes other than the learning rate split a sweep into tables, one for each combination of their values, and arms are
+compared within a table only. The surprise: a row counts all the arm's trials, while its losses and its verdict are
+those at the arm's own best learning rate.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean, median
+from typing import Any
+
+from orchestrator.report.footnotes import footnotes
+from orchestrator.report.tree import (
+    LR_AXIS,
+    STATES,
+    UNFINISHED,
+    ArmRow,
+    Results,
+    Split,
+    SweepHeading,
+    TrialResult,
+    VerdictTable,
+)
+from orchestrator.scaling import BestLearningRate, CellResult, best_learning_rate
+from orchestrator.verdict import Sample, Verdict, compare
+
+
+def tabulate(heading: SweepHeading, trials: Sequence[TrialResult]) -> Results:
+    """The verdict tables of a sweep whose trials stand as ``trials`` say, finished or not."""
+    split = _split(trials)
+    groups: dict[str, list[TrialResult]] = {}
+    axes_of: dict[str, tuple[tuple[str, Any], ...]] = {}
+    for trial in trials:
+        axes = _grouping_axes(heading, trial.axes)
+        key = _key(axes)
+        axes_of[key] = axes
+        groups.setdefault(key, []).append(trial)
+    ordered = sorted(groups, key=lambda key: [_sort_key(value) for _, value in axes_of[key]])
+    return Results(
+        sweep=heading.name,
+        question=heading.question,
+        baseline=heading.baseline,
+        margin_nats=heading.margin_nats,
+        alpha=heading.alpha,
+        split=split,
+        counts=_counts(trials),
+        tables=tuple(_table(heading, split, axes_of[key], groups[key]) for key in ordered),
+        trials=tuple(trials),
+    )
+
+
+def _split(trials: Sequence[TrialResult]) -> Split:
+    """The whole split only if every complete trial was measured on it: the two losses are never mixed."""
+    complete = [trial for trial in trials if trial.state == "COMPLETE"]
+    return "full" if complete and all(trial.full_loss_nats is not None for trial in complete) else "slice"
+
+
+def _grouping_axes(heading: SweepHeading, axes: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+    order = {name: index for index, name in enumerate(heading.axis_names)}
+    names = [name for name in axes if name != LR_AXIS and name not in heading.derived_axes]
+    return tuple((name, axes[name]) for name in sorted(names, key=lambda name: (order.get(name, len(order)), name)))
+
+
+def _cell(heading: SweepHeading, trial: TrialResult) -> str:
+    """What makes a trial's cell the same one in another arm."""
+    return _key({name: value for name, value in trial.axes.items() if name not in heading.derived_axes})
+
+
+def _key(value: object) -> str:
+    return json.dumps(value, sort_keys=True, default=str)
+
+
+def _sort_key(value: object) -> tuple[int, float, str]:
+    return (0, float(value), "") if isinstance(value, int | float) else (1, 0.0, _key(value))
+
+
+def _counts(trials: Sequence[TrialResult]) -> dict[str, int]:
+    counted = Counter(trial.state for trial in trials)
+    return {state: counted[state] for state in (*STATES, *sorted(set(counted) - set(STATES))) if counted[state]}
+
+
+@dataclass(frozen=True)
+class _Arm:
+    """An arm's part of a table before it is judged."""
+
+    name: str
+    trials: tuple[TrialResult, ...]
+    learning_rate: BestLearningRate
+    at_best: tuple[TrialResult, ...]
+    """The trials at the best learning rate, by ascending seed, as the losses are."""
+    num_missing: int
+
+    @property
+    def losses_nats(self) -> tuple[float, ...]:
+        best = self.learning_rate.best
+        return () if best is None else best.losses_nats
+
+    @property
+    def is_whole(self) -> bool:
+        holes = ("FAILED", *UNFINISHED)
+        return not self.num_missing and not any(trial.state in holes for trial in self.trials)
+
+
+def _table(
+    heading: SweepHeading, split: Split, axes: tuple[tuple[str, Any], ...], trials: Sequence[TrialResult]
+) -> VerdictTable:
+    others = dict.fromkeys([*heading.arms, *(trial.arm for trial in trials)])
+    names = [heading.baseline, *(name for name in others if name != heading.baseline)]
+    trials = sorted(trials, key=lambda trial: (names.index(trial.arm), trial.lr, trial.seed))
+    cells = {_cell(heading, trial) for trial in trials}
+    arms = [_arm(name, heading, split, [trial for trial in trials if trial.arm == name], cells) for name in names]
+    samples = [Sample(arm.name, arm.losses_nats, "" if arm.losses_nats else _problem(arm)) for arm in arms]
+    comparison = compare(samples, heading.baseline, heading.margin_nats, heading.alpha)
+    exploratory = any(arm.learning_rate.num_finite > 1 for arm in arms)
+    rows = _ranked(
+        [
+            (_row(arm, judged, split, arm.name == heading.baseline, exploratory), arm.is_whole)
+            for arm, judged in zip(arms, comparison.verdicts, strict=True)
+        ]
+    )
+    return VerdictTable(
+        axes=axes,
+        rows=rows,
+        noise_floor=comparison.noise_floor,
+        critical_value=comparison.critical_value,
+        num_compared=comparison.num_compared,
+        trials_compared=_compared(rows),
+        footnotes=footnotes(heading, split, rows, trials, comparison),
+    )
+
+
+def _arm(name: str, heading: SweepHeading, split: Split, trials: list[TrialResult], cells: set[str]) -> _Arm:
+    results = [CellResult(name, trial.lr, trial.seed, trial.state, _loss(trial, split)) for trial in trials]
+    learning_rate = best_learning_rate(name, results, heading.seeds)
+    best = learning_rate.best
+    at_best = [] if best is None else [trial for trial in trials if trial.lr == best.lr]
+    seeds = set(heading.seeds or ()) | {trial.seed for trial in trials}
+    present = {(_cell(heading, trial), trial.seed) for trial in trials}
+    return _Arm(
+        name=name,
+        trials=tuple(trials),
+        learning_rate=learning_rate,
+        at_best=tuple(at_best),
+        num_missing=len({(cell, seed) for cell in cells for seed in seeds} - present),
+    )
+
+
+def _loss(trial: TrialResult, split: Split) -> float | None:
+    return trial.full_loss_nats if split == "full" else trial.slice_loss_nats
+
+
+def _problem(arm: _Arm) -> str:
+    """Why an arm has no comparable cell."""
+    counts = _counts(arm.trials)
+    if not counts:
+        return "no trial (refused or excluded)"
+    if len(counts) == 1 and (state := next(iter(counts))) in ("DIVERGED", "FAILED", "PRUNED"):
+        number = len(arm.trials)
+        was = "was pruned" if number == 1 else "were pruned"
+        ended = was if state == "PRUNED" else state.lower()
+        return f"the only trial {ended}" if number == 1 else f"all {number} trials {ended}"
+    yet = " yet" if any(state in UNFINISHED for state in counts) else ""
+    return f"no learning rate has all its seeds complete{yet}"
+
+
+def _row(arm: _Arm, judged: Verdict, split: Split, is_baseline: bool, exploratory: bool) -> ArmRow:
+    rate, complete = arm.learning_rate, [trial for trial in arm.trials if trial.state == "COMPLETE"]
+    speeds = [trial.tokens_per_second for trial in complete if trial.tokens_per_second is not None]
+    diverged = rate.smallest_diverged
+    shown = arm.at_best or arm.trials
+    return ArmRow(
+        arm=arm.name,
+        is_baseline=is_baseline,
+        rank=None,
+        best_lr=None if rate.best is None else rate.best.lr,
+        edge=rate.edge,
+        num_finite_lrs=rate.num_finite,
+        losses_nats=arm.losses_nats,
+        loss_nats=judged.mean_nats,
+        loss_sd_nats=judged.sd_nats,
+        bits_per_byte=_mean_bits(arm, split),
+        delta_nats=judged.delta_nats,
+        low_nats=judged.low_nats,
+        high_nats=judged.high_nats,
+        delta_sds=judged.delta_sds,
+        decision=judged.decision,
+        verdict=judged.words,
+        more_seeds=judged.more_seeds,
+        exploratory=exploratory and bool(arm.losses_nats),
+        num_parameters=shown[0].num_parameters if shown else None,
+        training_flops=shown[0].training_flops if shown else None,
+        tokens_per_second=median(speeds) if speeds else None,
+        counts=_counts(arm.trials),
+        num_missing=arm.num_missing,
+        diverged_lr=None if diverged is None else diverged.lr,
+        diverged_lr_num_diverged=0 if diverged is None else diverged.num_diverged,
+        diverged_lr_num_seeds=0 if diverged is None else diverged.num_seeds,
+        trials=tuple(trial.fingerprint for trial in arm.trials),
+        trials_best=tuple(trial.fingerprint for trial in arm.at_best),
+        trials_complete=tuple(trial.fingerprint for trial in complete),
+    )
+
+
+def _mean_bits(arm: _Arm, split: Split) -> float | None:
+    bits = [trial.full_bits_per_byte if split == "full" else trial.slice_bits_per_byte for trial in arm.at_best]
+    known = [value for value in bits if value is not None]
+    return fmean(known) if known and len(known) == len(bits) else None
+
+
+def _ranked(rows: Sequence[tuple[ArmRow, bool]]) -> tuple[ArmRow, ...]:
+    """Ranks by mean loss among the arms whose cells are all there; equal means share the better rank."""
+    means = sorted(row.loss_nats for row, is_whole in rows if is_whole and row.loss_nats is not None)
+    return tuple(
+        replace(row, rank=means.index(row.loss_nats) + 1) if is_whole and row.loss_nats is not None else row
+        for row, is_whole in rows
+    )
+
+
+def _compared(rows: Sequence[ArmRow]) -> tuple[str, ...]:
+    """Every arm with two seeds gives to the pooled variance, and with it to each interval."""
+    return tuple(fingerprint for row in rows if len(row.losses_nats) > 1 for fingerprint in row.trials_best)

@@ -1,0 +1,142 @@
+"""The results of a sweep as data: frozen, unrounded, and with the trials that every number came from.
+
+A number that cannot be had is None, never 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from orchestrator.scaling import Edge
+from orchestrator.verdict import Decision, NoiseFloor
+
+LR_AXIS = "train.lr"
+
+STATES = ("COMPLETE", "DIVERGED", "PRUNED", "FAILED", "RUNNING", "WAITING", "CANCELED")
+"""In the order in which tables count them."""
+
+UNFINISHED = ("RUNNING", "WAITING", "CANCELED")
+
+Split = Literal["slice", "full"]
+
+
+@dataclass(frozen=True)
+class SweepHeading:
+    """What the tables need to know of their sweep."""
+
+    name: str
+    question: str
+    baseline: str
+    arms: tuple[str, ...]
+    """In file order."""
+    seeds: tuple[int, ...] | None = None
+    """The seeds that every cell must have; None: those that occur."""
+    margin_nats: float | None = None
+    alpha: float = 0.05
+    axis_names: tuple[str, ...] = ()
+    """In file order, which is the order of a table's heading."""
+    derived_axes: frozenset[str] = frozenset()
+    """Multiples of another value: they vary with it (perhaps with the arm or the learning rate), and split no table."""
+
+
+@dataclass(frozen=True)
+class TrialResult:
+    """One trial as the store knows it. Losses are the final ones, and only complete trials have them."""
+
+    fingerprint: str
+    arm: str
+    axes: Mapping[str, Any]
+    lr: float
+    seed: int
+    state: str
+    cause: str | None = None
+    reason: str | None = None
+    num_parameters: int | None = None
+    training_flops: float | None = None
+    num_attempts: int = 0
+    slice_loss_nats: float | None = None
+    slice_bits_per_byte: float | None = None
+    full_loss_nats: float | None = None
+    """On the whole validation split, when the trial measures it."""
+    full_bits_per_byte: float | None = None
+    tokens_per_second: float | None = None
+    trained_in: str | None = None
+    """The sweep whose controller trained it, when that is not the sweep of the table."""
+
+
+@dataclass(frozen=True)
+class ArmRow:
+    """One arm of a table. Losses are at its best learning rate, over its seeds."""
+
+    arm: str
+    is_baseline: bool
+    rank: int | None
+    """1 is the lowest mean loss; None when a cell failed, is missing or is unfinished."""
+    best_lr: float | None
+    edge: Edge | None
+    num_finite_lrs: int
+    losses_nats: tuple[float, ...]
+    loss_nats: float | None
+    loss_sd_nats: float | None
+    bits_per_byte: float | None
+    delta_nats: float | None
+    low_nats: float | None
+    high_nats: float | None
+    delta_sds: float | None
+    """The difference as a multiple of the table's noise floor."""
+    decision: Decision
+    verdict: str
+    """The decision in words."""
+    more_seeds: int | None
+    exploratory: bool
+    num_parameters: int | None
+    training_flops: float | None
+    tokens_per_second: float | None
+    """Median over the arm's complete trials."""
+    counts: Mapping[str, int]
+    """Trials by state, in the order of STATES; states that do not occur are left out."""
+    num_missing: int
+    """Trials that the other arms' cells have and this arm has not: refused, or excluded."""
+    diverged_lr: float | None
+    """The smallest learning rate at which a seed diverged ..."""
+    diverged_lr_num_diverged: int
+    """... how many did there ..."""
+    diverged_lr_num_seeds: int
+    """... of how many."""
+    trials: tuple[str, ...]
+    """Fingerprints of all the arm's trials in this table: what the choice of the learning rate saw."""
+    trials_best: tuple[str, ...]
+    """Fingerprints at the best learning rate: what the means are taken over."""
+    trials_complete: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class VerdictTable:
+    """The arms compared at one combination of the axes' values; ``axes`` is empty when only the LR varies."""
+
+    axes: tuple[tuple[str, Any], ...]
+    rows: tuple[ArmRow, ...]
+    """Baseline first, then in the sweep's order."""
+    noise_floor: NoiseFloor | None
+    critical_value: float | None
+    num_compared: int
+    trials_compared: tuple[str, ...]
+    """Fingerprints behind the pooled variance and so behind every interval."""
+    footnotes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Results:
+    """A sweep's answer. ``split`` says which validation loss it is about."""
+
+    sweep: str
+    question: str
+    baseline: str
+    margin_nats: float | None
+    alpha: float
+    split: Split
+    counts: Mapping[str, int]
+    tables: tuple[VerdictTable, ...]
+    trials: tuple[TrialResult, ...] = field(repr=False)
