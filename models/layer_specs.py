@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from models.attention import GatedSelfAttention
 from models.config import GateConfig, Layout, ModelConfig, TrialConfig
+from models.core_attention import TorchCoreAttention
 
 
 def transformer_config(model: ModelConfig, precision: str, layout: Layout, device: str) -> TransformerConfig:
@@ -58,10 +59,16 @@ def transformer_config(model: ModelConfig, precision: str, layout: Layout, devic
 
 
 def layer_spec(model: ModelConfig, gate: GateConfig | None) -> ModuleSpec:
-    """Megatron's local layer, its self-attention replaced by the gated one."""
+    """Megatron's local layer, its self-attention replaced by the gated one, its core attention by torch's."""
     spec = get_gpt_layer_local_spec(qk_layernorm=model.qk_norm, normalization="RMSNorm")
     attention = spec.submodules.self_attention
-    gated = dataclasses.replace(attention, module=GatedSelfAttention, params={**attention.params, "gate": gate})
+    submodules = dataclasses.replace(attention.submodules, core_attention=TorchCoreAttention)
+    gated = dataclasses.replace(
+        attention,
+        module=GatedSelfAttention,
+        params={**attention.params, "gate": gate},
+        submodules=submodules,
+    )
     return dataclasses.replace(spec, submodules=dataclasses.replace(spec.submodules, self_attention=gated))
 
 

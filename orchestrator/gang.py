@@ -10,6 +10,7 @@ import enum
 import hashlib
 import importlib
 import os
+import re
 import socket
 from dataclasses import dataclass
 from pathlib import Path
@@ -198,7 +199,7 @@ class Gang:
         try:
             summaries = ray.get(done)
         except ray.exceptions.RayActorError as error:
-            return GangEnd(summary=None, error=_words(error), rank_died=True)
+            return GangEnd(summary=None, error=_death(error), rank_died=True)
         except Exception as error:
             return GangEnd(summary=None, error=_words(error))
         if waiting:
@@ -231,6 +232,7 @@ class Cluster:
             )
         except ConnectionError as error:
             raise UserError(f"no Ray cluster at {address!r}: {error}") from error
+        _hush()
         self._driver_hash = source_hash()
 
     def __enter__(self) -> Self:
@@ -263,8 +265,24 @@ class Cluster:
         return Gang(shape, num_threads, self._driver_hash)
 
 
+def _hush() -> None:
+    """Ray prints a paragraph for every dead worker, whatever log_to_driver says; the controller tells it in a line."""
+    worker: Any = importlib.import_module("ray._private.worker")
+    if hasattr(worker, "print_to_stdstream"):
+        worker.print_to_stdstream = lambda *_, **__: None
+
+
 def _words(error: BaseException) -> str:
     """Class and message of the original error, without Ray's frames around it."""
     cause = getattr(error, "cause", None) or error
     text = str(cause).strip() or type(cause).__name__
     return f"{type(cause).__name__}: {text}"[:4000]
+
+
+def _death(error: BaseException) -> str:
+    """One line of Ray's long message about a dead actor: which process, where, and what the system saw."""
+    text = str(error)
+    pid, address = re.search(r"pid: (\d+)", text), re.search(r"ip: (\S+)", text)
+    detail = re.search(r"(?:Worker exit detail|The actor is dead because): (.+?)(?: Some common causes|$)", text, re.M)
+    process = f"process {pid[1]} of a rank" if pid else "a rank's process"
+    return f"{process}{f' at {address[1]}' if address else ''} died: {detail[1] if detail else text[:300]}"

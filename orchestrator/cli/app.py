@@ -1,0 +1,194 @@
+"""The verbs. Each reads its input, calls one thing below, prints; a UserError becomes one message and exit code 2."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from orchestrator import report
+from orchestrator.cli.home import Home
+from orchestrator.plan import expand
+from orchestrator.store import Store
+from orchestrator.sweep import UserError, load
+
+app = typer.Typer(
+    help="Ablation sweeps that end in verdicts. Things are kept in $GATESWEEP_HOME (default ./runs).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+errors = Console(stderr=True)
+
+USER_ERROR_EXIT = 2
+
+File = Annotated[Path, typer.Argument(help="A sweep file (YAML).", show_default=False)]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Dotted overrides: train.tokens=1e6 seeds=[1,2,3]", show_default=False)
+]
+SweepName = Annotated[str, typer.Argument(help="The sweep's name.", show_default=False)]
+
+
+class TableFormat(StrEnum):
+    TABLE = "table"
+    CSV = "csv"
+    JSON = "json"
+    MARKDOWN = "markdown"
+
+
+@app.command()
+def plan(file: File, overrides: Overrides = None) -> None:
+    """Print every trial, its parameters and FLOPs, and the refusals. Starts nothing, writes nothing."""
+    planned = expand(load(file, overrides or ()))
+    console.print(report.plan_table(planned, _known_states(Home.of(), planned.sweep.name)))
+
+
+@app.command()
+def run(
+    file: File,
+    overrides: Overrides = None,
+    address: Annotated[
+        str | None,
+        typer.Option(envvar="RAY_ADDRESS", help="A running Ray cluster; without it a local one is started."),
+    ] = None,
+) -> None:
+    """Run a sweep here, in the foreground. Run again, it goes on where it stopped."""
+    from orchestrator.cli.run import run_sweep  # Ray and Optuna: seconds that other verbs need not wait
+
+    raise typer.Exit(run_sweep(expand(load(file, overrides or ())), Home.of(), address, console))
+
+
+@app.command()
+def status() -> None:
+    """Every sweep: trials by state, what happened last, what failed and why."""
+    with _store() as store:
+        console.print(report.status_table(store))
+
+
+@app.command()
+def results(sweep: SweepName, format: Annotated[TableFormat, typer.Option("--format")] = TableFormat.TABLE) -> None:
+    """The verdict table of a sweep."""
+    with _store() as store:
+        table = report.results(store, sweep)
+    if format is TableFormat.TABLE:
+        console.print(report.ResultsView(table))
+    else:
+        render = {
+            TableFormat.CSV: report.to_csv,
+            TableFormat.JSON: report.to_json,
+            TableFormat.MARKDOWN: report.to_markdown,
+        }[format]
+        sys.stdout.write(render(table))
+
+
+class FrameFormat(StrEnum):
+    TABLE = "table"
+    CSV = "csv"
+    JSON = "json"
+
+
+@app.command()
+def query(
+    sql: Annotated[str, typer.Argument(help='For example "SELECT arm, lr, loss_nats FROM results".')],
+    format: Annotated[FrameFormat, typer.Option("--format")] = FrameFormat.TABLE,
+) -> None:
+    """Ask the store in SQL, read-only. Views: results, curves, attempts."""
+    with _store() as store:
+        frame = store.query(sql)
+    if format is FrameFormat.CSV:
+        sys.stdout.write(frame.to_csv(index=False))
+    elif format is FrameFormat.JSON:
+        sys.stdout.write(frame.to_json(orient="records", indent=2, date_format="iso") + "\n")
+    else:
+        print(frame.to_string(index=False, na_rep="NULL") if len(frame) else "no rows")
+
+
+@app.command()
+def rerun(
+    sweep: SweepName,
+    failed: Annotated[bool, typer.Option("--failed", help="Every FAILED trial.")] = False,
+    canceled: Annotated[bool, typer.Option("--canceled", help="Every CANCELED trial.")] = False,
+    trial: Annotated[list[str] | None, typer.Option(help="A trial's fingerprint; may be repeated.")] = None,
+) -> None:
+    """Let FAILED or CANCELED trials wait again, with fresh retry budgets. The next run takes them."""
+    wanted = {state for state, asked in (("FAILED", failed), ("CANCELED", canceled)) if asked}
+    if not wanted and not trial:
+        raise UserError("rerun: say which trials: --failed, --canceled or --trial FINGERPRINT")
+    with _store() as store:
+        row = store.sweep(sweep)
+        known = {one.fingerprint: one.state for one in store.trials(row.id)}
+        for fingerprint in trial or ():
+            if known.get(fingerprint) not in ("FAILED", "CANCELED"):
+                raise UserError(
+                    f"rerun: trial {fingerprint} of {sweep} is {known.get(fingerprint, 'unknown')}; "
+                    "only FAILED and CANCELED trials can be rerun"
+                )
+        chosen = [one for one, state in known.items() if state in wanted or one in (trial or ())]
+        count = store.reopen(row.id, chosen)
+    console.print(f"{count} trial(s) wait again; gatesweep run the sweep's file to go on", highlight=False)
+
+
+@app.command()
+def cancel(
+    sweep: SweepName,
+    trial: Annotated[list[str] | None, typer.Option(help="Only this fingerprint; may be repeated.")] = None,
+) -> None:
+    """Cancel the trials of a sweep that still wait. Running ones are stopped with Ctrl-C in their run."""
+    with _store() as store:
+        row = store.sweep(sweep)
+        waiting = [one.fingerprint for one in store.trials(row.id) if one.state == "WAITING"]
+        unknown = set(trial or ()) - set(waiting)
+        if unknown:
+            raise UserError(f"cancel: not WAITING in {sweep}: {', '.join(sorted(unknown))}")
+        count = store.cancel(row.id, trial or waiting)
+    console.print(f"{count} trial(s) canceled", highlight=False)
+
+
+@app.command()
+def ui(
+    port: Annotated[int, typer.Option(help="Where the MLflow UI listens, on loopback.")] = 5000,
+) -> None:
+    """Open the MLflow UI on this home's runs; Ctrl-C ends it."""
+    from orchestrator import tracking
+    from orchestrator.cli.run import catch_up
+
+    home = Home.of()
+    with _store() as store:
+        catch_up(store, home, console)
+    if tracking.is_server(home.tracking_uri):
+        console.print(f"MLflow runs at {home.tracking_uri}", highlight=False)
+        return
+    command = tracking.ui_command(home.tracking_uri, home.artifact_root, port)
+    console.print(f"MLflow UI: http://127.0.0.1:{port}", highlight=False)
+    raise typer.Exit(subprocess.call(command, env={**os.environ, **tracking.quiet_environment()}))
+
+
+def _store() -> Store:
+    home = Home.of()
+    if home.store_url.startswith("sqlite:///") and not Path(home.store_url.removeprefix("sqlite:///")).exists():
+        raise UserError(f"nothing has run yet: no store at {home.store_url} (GATESWEEP_HOME is {home.directory})")
+    return Store(home.store_url)
+
+
+def _known_states(home: Home, sweep: str) -> dict[str, str]:
+    """States of the trials that the store knows by this sweep's name; nothing is created for looking."""
+    try:
+        with _store() as store:
+            return {one.fingerprint: one.state for one in store.trials(store.sweep(sweep).id)}
+    except UserError:
+        return {}
+
+
+def main() -> None:
+    try:
+        app()
+    except UserError as error:
+        errors.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(USER_ERROR_EXIT)

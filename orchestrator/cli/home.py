@@ -1,0 +1,40 @@
+"""Where things are kept: one folder on a laptop, URLs on a cluster. Read from the environment, once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Home:
+    """``GATESWEEP_HOME`` (default ``./runs``) holds the run dirs and, unless URLs say otherwise, the databases."""
+
+    directory: Path
+    store_url: str
+    """``GATESWEEP_STORE``: SQLite in the home, or a Postgres URL."""
+    tracking_uri: str
+    """``GATESWEEP_MLFLOW`` or ``MLFLOW_TRACKING_URI``: SQLite in the home, or an MLflow server."""
+    artifact_location: str | None
+    """Where a new MLflow experiment keeps artifacts; None: the server decides."""
+    optuna_url: str
+    """``GATESWEEP_OPTUNA``: the copy for optuna-dashboard."""
+
+    @property
+    def artifact_root(self) -> str:
+        return str(self.directory / "mlartifacts")
+
+    @classmethod
+    def of(cls, environment: Mapping[str, str] = os.environ) -> Home:
+        directory = Path(environment.get("GATESWEEP_HOME") or "runs").expanduser().resolve()
+        local_mlflow = f"sqlite:///{directory / 'mlflow.db'}"
+        tracking = environment.get("GATESWEEP_MLFLOW") or environment.get("MLFLOW_TRACKING_URI") or local_mlflow
+        return cls(
+            directory=directory,
+            store_url=environment.get("GATESWEEP_STORE") or f"sqlite:///{directory / 'gatesweep.db'}",
+            tracking_uri=tracking,
+            artifact_location=str(directory / "mlartifacts") if tracking == local_mlflow else None,
+            optuna_url=environment.get("GATESWEEP_OPTUNA") or f"sqlite:///{directory / 'optuna.db'}",
+        )

@@ -1,0 +1,117 @@
+"""``gatesweep run``: a sweep in the foreground, from its plan to its table."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+
+from orchestrator import report
+from orchestrator.cli.home import Home
+from orchestrator.cli.live import view_for
+from orchestrator.controller import Controller, SweepStopped
+from orchestrator.gang import Cluster
+from orchestrator.plan import Plan
+from orchestrator.search import StudyMirror
+from orchestrator.store import Store
+from orchestrator.sweep import Sweep, UserError
+from orchestrator.tracking import Mirror
+
+FINISHED = ("COMPLETE", "DIVERGED", "PRUNED")
+INTERRUPTED_EXIT, FAILED_EXIT = 130, 1
+MIRROR_CATCH_UP_SECONDS = 60.0
+
+
+def refuse(plan: Plan) -> None:
+    """UserError when a cell cannot run: nothing of the sweep is started then."""
+    if plan.refusals:
+        reasons = [f"  {one.arm} {one.axes or ''}: {one.reason}" for one in plan.refusals]
+        raise UserError(
+            "\n".join([f"{plan.sweep.path}: {len(reasons)} cell(s) are refused, nothing was started:", *reasons])
+        )
+
+
+def run_sweep(plan: Plan, home: Home, address: str | None, console: Console) -> int:
+    """Store the plan, run what is missing, print the table; the exit code."""
+    refuse(plan)
+    home.directory.mkdir(parents=True, exist_ok=True)
+    sweep = plan.sweep
+    with Store(home.store_url) as store:
+        added = store.add(plan)
+        states = [trial.state for trial in store.trials(added.sweep_id)]
+        missing = sum(state in ("WAITING", "RUNNING") for state in states)
+        console.print(
+            f"{sweep.name}: {len(states)} trials, {added.num_new} new, "
+            f"{sum(state in FINISHED for state in states)} finished, {missing} to run",
+            highlight=False,
+        )
+        if missing:
+            exit_code = _run_missing(sweep, added.sweep_id, store, home, address, console)
+        else:
+            exit_code = 0
+            catch_up(store, home, console)
+        console.print(report.ResultsView(report.results(store, sweep.name)))
+        failed = sum(trial.state == "FAILED" for trial in store.trials(added.sweep_id))
+    if failed:
+        console.print(
+            f"{failed} trial(s) FAILED; gatesweep status says why, gatesweep rerun {sweep.name} --failed", markup=False
+        )
+    return exit_code or (FAILED_EXIT if failed else 0)
+
+
+def _run_missing(sweep: Sweep, sweep_id: int, store: Store, home: Home, address: str | None, console: Console) -> int:
+    mirror = _mirror(store, sweep_id, sweep.name, home)
+    with view_for(console) as view, Cluster(address) as cluster:
+        mirror.start()
+        try:
+            controller = Controller(sweep, sweep_id, store, cluster, mirror, home.directory, view)
+            with controller, _clean_stop(controller):
+                controller.run()
+        except SweepStopped as stopped:
+            view.tell(f"stopped: {stopped}; the same command goes on from here")
+            return INTERRUPTED_EXIT
+        finally:
+            _close(mirror, store, sweep_id)
+    return 0
+
+
+def catch_up(store: Store, home: Home, console: Console) -> None:
+    """Mirror what an outage or a kill kept from MLflow, for every sweep; nothing is imported when nothing is behind."""
+    for sweep in store.sweeps():
+        tracking = [event.kind for event in store.events(sweep.id) if event.kind.startswith("tracking_")]
+        if tracking[-1:] in (["tracking_down"], ["tracking_behind"]) or sweep.mlflow_run_id is None:
+            console.print(f"{sweep.name}: catching up with MLflow at {home.tracking_uri}", highlight=False)
+            mirror = _mirror(store, sweep.id, sweep.name, home)
+            mirror.start()
+            if _close(mirror, store, sweep.id):
+                store.add_event(sweep.id, "tracking_back", "MLflow has everything")
+
+
+def _mirror(store: Store, sweep_id: int, name: str, home: Home) -> Mirror:
+    study = StudyMirror(store, sweep_id, name, home.optuna_url)
+    return Mirror(store, sweep_id, home.tracking_uri, home.artifact_location, also={"Optuna's copy": study.update})
+
+
+def _close(mirror: Mirror, store: Store, sweep_id: int) -> bool:
+    whole = mirror.close(MIRROR_CATCH_UP_SECONDS)
+    if not whole:
+        store.add_event(
+            sweep_id, "tracking_behind", "MLflow lacks part of the sweep; gatesweep ui, or a run, catches up"
+        )
+    return whole
+
+
+@contextmanager
+def _clean_stop(controller: Controller) -> Iterator[None]:
+    """Ctrl-C and SIGTERM ask the controller to stop; a second one stops waiting for checkpoints."""
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = [
+        signal.signal(number, lambda got, _: controller.request_stop(signal.Signals(got).name)) for number in signals
+    ]
+    try:
+        yield
+    finally:
+        for number, handler in zip(signals, before, strict=True):
+            signal.signal(number, handler)

@@ -1,0 +1,397 @@
+"""The controller: places trials on gangs, follows them, and turns each end into a state."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections import Counter, deque
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from models import run_dir
+from models.run_dir import AttemptSpec, StepRecord
+from orchestrator.controller.provenance import provenance
+from orchestrator.controller.resume import resume_point
+from orchestrator.controller.snapshot import Running, Snapshot, View
+from orchestrator.failures import Consequence, Ending, Wish, consequence
+from orchestrator.gang import Cluster, Gang, GangEnd, GangShape, GangState
+from orchestrator.search import Search
+from orchestrator.store import AttemptRow, Lease, LeaseHeld, Store, TrialRow, TrialTaken
+from orchestrator.sweep import Sweep, UserError
+from orchestrator.tracking import Mirror
+
+POLL_SECONDS = 0.1
+REFRESH_SECONDS = 2.0
+"""How often the trials are read anew: others may cancel, reopen or, sharing them, run them."""
+LEASE_SECONDS = 20.0
+STOP_GRACE_SECONDS = 60.0
+"""How long attempts that were told to stop may take to checkpoint."""
+GANG_STARTS_ALLOWED_TO_FAIL = 3
+STATES = ("WAITING", "RUNNING", "COMPLETE", "PRUNED", "DIVERGED", "FAILED", "CANCELED")
+
+
+class SweepStopped(Exception):
+    """The sweep was stopped cleanly before its end: interrupted, or out of budget. The next run goes on."""
+
+
+@dataclass
+class _Attempt:
+    """A running attempt as the controller follows it."""
+
+    trial: TrialRow
+    row: AttemptRow
+    spec: AttemptSpec
+    gang: Gang
+    offset: int = 0
+    wish: Wish | None = None
+    last: StepRecord | None = None
+    step_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=20))
+
+    @property
+    def name(self) -> str:
+        return trial_name(self.trial)
+
+
+def trial_name(trial: TrialRow) -> str:
+    axes = " ".join(f"{name.rpartition('.')[2]}={value:g}" if isinstance(value, float) else f"{name}={value}"
+                    for name, value in trial.axes.items())  # fmt: skip
+    return f"{trial.arm} {axes} seed={trial.seed}".replace("  ", " ")
+
+
+class Controller:
+    """Runs one sweep to its end. A context manager: it holds the sweep's lease and its gangs.
+
+    Raises UserError when another controller holds the lease, or the cluster cannot hold a gang.
+    """
+
+    def __init__(
+        self, sweep: Sweep, sweep_id: int, store: Store, cluster: Cluster, mirror: Mirror, home: Path, view: View
+    ) -> None:
+        self.sweep, self.sweep_id, self.store, self.cluster = sweep, sweep_id, store, cluster
+        self.mirror, self.home, self.view = mirror, home, view
+        resources = sweep.resources
+        self.shape = GangShape(resources.layout, resources.cpus, resources.gpus)
+        self.gangs: list[Gang] = []
+        self.running: list[_Attempt] = []
+        self.search = Search(sweep.name, store.trials(sweep_id), sweep.prune.divergence)
+        self.failed_gang_starts = 0
+        self.stopping: Wish | None = None
+        self.stop_deadline = float("inf")
+        self.trials: list[TrialRow] = []
+        self.trials_read = -float("inf")
+
+    # -- the lease ------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> Self:
+        self.lease = self._acquire_lease()
+        self.lease_renewed = self.started = time.monotonic()
+        for fingerprint in [*self.store.take_over(self.lease), *self.store.adopt_orphans(self.lease)]:
+            self.view.tell(f"trial {fingerprint} was left by a controller that is gone; it will be resumed")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for gang in self.gangs:
+            gang.dismiss()
+        if kind is None or issubclass(kind, SweepStopped | UserError):
+            self.store.release_lease(self.lease)
+
+    def _acquire_lease(self) -> Lease:
+        holder = f"{socket.gethostname()}:{os.getpid()}"
+        told = False
+        while True:
+            try:
+                return self.store.acquire_lease(self.sweep_id, holder, LEASE_SECONDS)
+            except LeaseHeld as held:
+                if not _is_dead(held.holder):
+                    raise UserError(f"sweep {self.sweep.name}: {held}") from held
+                if not told:
+                    self.view.tell(f"the last controller ({held.holder}) is dead; waiting for its lease to run out")
+                told = True
+                time.sleep(min(1.0, held.seconds_left + 0.1))
+
+    # -- the loop -------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Until every trial has ended. Raises SweepStopped after a clean stop."""
+        capacity = self.cluster.capacity(self.shape)
+        while True:
+            self._keep_lease()
+            self._refresh()
+            waiting = self._waiting()
+            self._start_gangs(min(capacity, len(waiting) + len(self.running)))
+            self._place(waiting)
+            for attempt in list(self.running):
+                self._follow(attempt)
+            self._check_budget()
+            self.view.tick(self._snapshot())
+            if not self.running and (self.stopping or not self._unfinished()):
+                break
+            if time.monotonic() > self.stop_deadline:
+                self._abandon()
+            time.sleep(POLL_SECONDS)
+        if self.stopping:
+            raise SweepStopped(self.stopping.reason)
+
+    def request_stop(self, reason: str) -> None:
+        """Ask for a clean stop; safe to call from a signal handler. A second call stops waiting for checkpoints."""
+        if self.stopping is not None:
+            self.stop_deadline = 0.0
+            return
+        self._stop_all(Wish("interrupted", "interrupted", reason))
+
+    def _keep_lease(self) -> None:
+        if time.monotonic() - self.lease_renewed > LEASE_SECONDS / 5:
+            self.store.renew_lease(self.lease, LEASE_SECONDS)
+            self.lease_renewed = time.monotonic()
+
+    def _waiting(self) -> list[TrialRow]:
+        return [] if self.stopping else [trial for trial in self.trials if trial.state == "WAITING"]
+
+    def _unfinished(self) -> bool:
+        """Read anew: what was retried waits again, and another sweep may still run a trial that is ours, too."""
+        self._refresh(now=True)
+        return any(trial.state in ("WAITING", "RUNNING") for trial in self.trials)
+
+    def _refresh(self, now: bool = False) -> None:
+        if now or time.monotonic() - self.trials_read > REFRESH_SECONDS:
+            self.trials = self.store.trials(self.sweep_id)
+            self.trials_read = time.monotonic()
+
+    def _check_budget(self) -> None:
+        hours = self.sweep.budget.wall_hours
+        if hours is not None and not self.stopping and time.monotonic() - self.started > hours * 3600:
+            self._stop_all(Wish("budget", "budget", f"budget.wall_hours {hours:g} is used up"))
+
+    def _stop_all(self, wish: Wish) -> None:
+        self.stopping = wish
+        self.stop_deadline = time.monotonic() + STOP_GRACE_SECONDS
+        self.view.tell(f"stopping: {wish.reason}; running trials checkpoint and will be resumed")
+        for attempt in self.running:
+            if attempt.wish is None:
+                attempt.wish = wish
+                attempt.gang.stop(attempt.row.token)
+
+    def _abandon(self) -> None:
+        """The grace is over: what still runs is killed, and resumes from its last checkpoint."""
+        for attempt in list(self.running):
+            self._end(attempt, GangEnd(summary=None, error="killed after the grace time"))
+
+    # -- gangs ----------------------------------------------------------------------------------------------
+
+    def _start_gangs(self, wanted: int) -> None:
+        for gang in [gang for gang in self.gangs if gang.state is GangState.STARTING]:
+            error = gang.poll_start()
+            if error is not None:
+                self._lose(gang, f"a gang did not start: {error}")
+                self.failed_gang_starts += 1
+                if self.failed_gang_starts >= GANG_STARTS_ALLOWED_TO_FAIL:
+                    raise UserError(f"no gang could be started, {self.failed_gang_starts} in a row; the last: {error}")
+            elif gang.state is GangState.IDLE:
+                self.failed_gang_starts = 0
+        while len(self.gangs) < wanted:
+            self.gangs.append(self.cluster.start_gang(self.shape, num_threads=max(1, int(self.shape.cpus_per_rank))))
+
+    def _lose(self, gang: Gang, reason: str) -> None:
+        self.view.tell(reason)
+        self.store.add_event(self.sweep_id, "gang_lost", reason)
+        gang.dismiss()
+        self.gangs.remove(gang)
+
+    def _place(self, waiting: list[TrialRow]) -> None:
+        idle = [gang for gang in self.gangs if gang.state is GangState.IDLE]
+        for gang, trial in zip(idle, waiting, strict=False):
+            self._launch(gang, trial)
+
+    def _launch(self, gang: Gang, trial: TrialRow) -> None:
+        directory = run_dir.trial_dir(self.home, trial.fingerprint)
+        earlier = self.store.attempts(trial.fingerprint)
+        resume = resume_point(directory, earlier)
+        try:
+            row = self.store.start_attempt(
+                self.lease,
+                trial.fingerprint,
+                layout=self.shape.layout,
+                provenance=provenance(),
+                resume_step=resume.step,
+                resumed_from=resume.attempt,
+            )
+        except TrialTaken:
+            self._refresh(now=True)  # another sweep shares the trial and runs it now; its end is ours, too
+            return
+        self.store.set_hosts(self.lease, row, [member["host"] for member in gang.members])
+        spec = AttemptSpec(
+            fingerprint=trial.fingerprint,
+            number=row.number,
+            token=row.token,
+            trial_dir=str(directory),
+            data_dir=str(self.home / "data"),
+            layout=self.shape.layout,
+            micro_batch_sequences=self.sweep.resources.micro_batch_sequences,
+            device=self.shape.device,
+            resume_checkpoint=None if resume.checkpoint is None else str(resume.checkpoint),
+            resume_step=resume.step,
+            checkpoint_every_steps=self.sweep.checkpoint.every_steps,
+            keep_checkpoints=self.sweep.checkpoint.keep,
+            threads_per_rank=max(1, int(self.shape.cpus_per_rank)),
+        )
+        run_dir.write_trial_config(directory, trial.config)
+        run_dir.write_json(spec.attempt_dir / "attempt.json", spec)
+        self.search.ask(trial.fingerprint, self._curve_until(trial, resume.step))
+        gang.launch(spec)
+        self.running.append(_Attempt(trial, row, spec, gang))
+        self._refresh(now=True)
+        again = f", attempt {row.number} from step {resume.step}" if row.number > 1 else ""
+        self.view.tell(f"started   {trial_name(trial)}{again}")
+
+    def _curve_until(self, trial: TrialRow, step: int) -> list[StepRecord]:
+        """What earlier attempts showed, as far as the next one builds on it."""
+        if step == 0:
+            return []
+        return [
+            StepRecord(
+                step=row.step,
+                tokens=row.tokens,
+                fraction=row.fraction,
+                lr=row.lr or 0.0,
+                loss_nats=row.loss_nats,
+                gradient_norm=row.gradient_norm,
+                tokens_per_second=row.tokens_per_second or 0.0,
+                nonfinite=row.nonfinite,
+            )
+            for row in self.store.curve(trial.fingerprint).steps
+            if row.step <= step
+        ]
+
+    # -- following an attempt -------------------------------------------------------------------------------
+
+    def _follow(self, attempt: _Attempt) -> None:
+        end = attempt.gang.poll_end()
+        written = attempt.gang.written()
+        if end is not None or (written is not None and written > attempt.offset):
+            self._read(attempt)
+        if end is not None:
+            self._end(attempt, end)
+
+    def _read(self, attempt: _Attempt) -> None:
+        """New records: into the store, then past the search. Nothing after a divergence rule fired is kept."""
+        records, attempt.offset = run_dir.read_records(attempt.spec.attempt_dir, attempt.offset)
+        if attempt.wish is not None and attempt.wish.kind == "divergence":
+            return
+        stop = self.search.decide(attempt.trial.fingerprint, records)
+        if stop is not None:
+            records = [record for record in records if record.step <= stop.step]
+            attempt.wish = Wish("divergence", stop.rule, stop.reason, stop.step)
+            attempt.gang.stop(attempt.row.token)
+        self.store.record(self.lease, attempt.row, records)
+        for record in records:
+            if isinstance(record, StepRecord):
+                attempt.last = record
+                attempt.step_seconds.append(attempt.trial.config.train.batch_tokens / record.tokens_per_second)
+
+    def _end(self, attempt: _Attempt, end: GangEnd) -> None:
+        trial, row = attempt.trial, attempt.row
+        earlier = [one for one in self.store.attempts(trial.fingerprint) if trial.reopened_after < one.number]
+        result = consequence(
+            Ending(end.summary, end.error, end.rank_died, attempt.wish),
+            [one for one in earlier if one.number < row.number],
+            self.sweep.retry,
+        )
+        unsound = end.summary is None
+        self.store.end_attempt(
+            self.lease,
+            row,
+            state=result.state,
+            cause=result.cause,
+            reason=result.reason,
+            end_step=result.end_step,
+            summary=end.summary,
+            log_tail=run_dir.log_tail(attempt.spec.attempt_dir) if unsound else None,
+        )
+        self.running.remove(attempt)
+        self._refresh(now=True)
+        self._tell_search(trial, result)
+        self.view.tell(_ended_line(attempt, result, self._final_loss(trial, result)))
+        if unsound:
+            # Whatever happened, the other ranks may hang in a collective and the process may be poisoned.
+            self._lose(attempt.gang, f"gang dismissed, after attempt {row.number} of {attempt.name}")
+        self.mirror.nudge()
+
+    def _tell_search(self, trial: TrialRow, result: Consequence) -> None:
+        if result.state != "WAITING":
+            loss = self._final_loss(trial, result)
+            self.search.tell(trial.fingerprint, result.state, loss, result.cause, result.reason, result.end_step)
+
+    def _final_loss(self, trial: TrialRow, result: Consequence) -> float | None:
+        """The last validation on the slice, of a trial that completed."""
+        if result.state != "COMPLETE":
+            return None
+        measured = [row for row in self.store.curve(trial.fingerprint).validations if row.split == "slice"]
+        return measured[-1].loss_nats if measured else None
+
+    # -- showing --------------------------------------------------------------------------------------------
+
+    def _snapshot(self) -> Snapshot:
+        counts = Counter(trial.state for trial in self.trials)
+        lines = tuple(_running_line(attempt) for attempt in self.running)
+        return Snapshot(
+            sweep=self.sweep.name,
+            states={state: counts[state] for state in STATES if counts[state]},
+            running=lines,
+            gangs_starting=sum(gang.state is GangState.STARTING for gang in self.gangs),
+            seconds=time.monotonic() - self.started,
+            eta_seconds=self._eta(),
+            stopping=self.stopping.reason if self.stopping else None,
+        )
+
+    def _eta(self) -> float | None:
+        """Steps left at the pace of the running trials, shared by the gangs at work. Divergence makes it shorter."""
+        paces = [_step_seconds(attempt) for attempt in self.running]
+        known = [pace for pace in paces if pace is not None]
+        if not known:
+            return None
+        left = sum(trial.config.train.num_steps for trial in self.trials if trial.state == "WAITING")
+        left += sum(attempt.trial.config.train.num_steps - (attempt.last.step if attempt.last else 0)
+                    for attempt in self.running)  # fmt: skip
+        return left * (sum(known) / len(known)) / len(self.running)
+
+
+def _running_line(attempt: _Attempt) -> Running:
+    step = attempt.last.step if attempt.last else attempt.spec.resume_step
+    num_steps = attempt.trial.config.train.num_steps
+    pace = _step_seconds(attempt)
+    return Running(
+        name=attempt.name,
+        attempt=attempt.row.number,
+        step=step,
+        num_steps=num_steps,
+        loss_nats=attempt.last.loss_nats if attempt.last else None,
+        tokens_per_second=None if pace is None else attempt.trial.config.train.batch_tokens / pace,
+        eta_seconds=None if pace is None else (num_steps - step) * pace,
+    )
+
+
+def _step_seconds(attempt: _Attempt) -> float | None:
+    seconds = attempt.step_seconds
+    return sum(seconds) / len(seconds) if seconds else None
+
+
+def _ended_line(attempt: _Attempt, result: Consequence, loss: float | None) -> str:
+    if result.state == "COMPLETE":
+        measured = f"validation loss {loss:.4f} nats" if loss is not None else "no finite validation loss"
+        return f"complete  {attempt.name}: {measured}"
+    paused = attempt.wish is not None and result.cause == attempt.wish.kind
+    word = {"DIVERGED": "diverged ", "FAILED": "FAILED   ", "WAITING": "paused   " if paused else "retrying "}[
+        result.state
+    ]
+    return f"{word} {attempt.name}: {result.reason}"
+
+
+def _is_dead(holder: str) -> bool:
+    """A controller of this host whose process is gone."""
+    host, _, pid = holder.rpartition(":")
+    return host == socket.gethostname() and not Path(f"/proc/{pid}").exists()

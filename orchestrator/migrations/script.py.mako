@@ -1,0 +1,17 @@
+"""${message}."""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+from alembic import op
+${imports if imports else ""}
+revision = ${repr(up_revision)}
+down_revision = ${repr(down_revision)}
+branch_labels = None
+depends_on = None
+
+VIEWS_DIGEST = ""  # orchestrator.store.views.digest(), as of this revision
+
+
+def upgrade() -> None:
+    ${upgrades if upgrades else "pass"}

@@ -1,0 +1,10 @@
+"""Optuna, and the rules that stop what diverges. The only package that knows Optuna.
+
+``Search`` decides in memory; ``StudyMirror`` copies finished trials from the store to Optuna's own storage.
+"""
+
+from orchestrator.search.divergence import DivergenceRule, Record, Stop
+from orchestrator.search.study import DivergencePruner, Search
+from orchestrator.search.study_mirror import MirrorError, StudyMirror
+
+__all__ = ["DivergencePruner", "DivergenceRule", "MirrorError", "Record", "Search", "Stop", "StudyMirror"]

@@ -1,0 +1,223 @@
+"""The life of an attempt: started, recorded, ended, and taken over when its controller died.
+
+Only here does a trial's state move, and always in the transaction that checked the lease.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import Connection, RowMapping, func, insert, select, update
+
+from models.config import Layout
+from models.run_dir import StepRecord, Summary, ValidationRecord
+from orchestrator.store import lease as leases
+from orchestrator.store import schema
+from orchestrator.store.reader import attempt_row
+from orchestrator.store.rows import AttemptRow, FinishedIsFinal, Lease, TrialTaken
+from orchestrator.store.submission import add_event, insert_missing
+
+CONTROLLER_LOST = "controller_lost"
+
+
+def start(
+    connection: Connection,
+    lease: Lease,
+    fingerprint: str,
+    layout: Layout,
+    provenance: Mapping[str, Any],
+    resume_step: int,
+    resumed_from: int | None,
+) -> AttemptRow:
+    """Claim a WAITING trial and open its next attempt."""
+    leases.check(connection, lease)
+    now = datetime.now(UTC)
+    claimed = connection.execute(
+        update(schema.trial)
+        .where(schema.trial.c.fingerprint == fingerprint, schema.trial.c.state == schema.WAITING)
+        .values(state=schema.RUNNING, cause=None, reason=None, end_step=None, updated_at=now)
+    )
+    if claimed.rowcount != 1:
+        state = connection.scalar(select(schema.trial.c.state).where(schema.trial.c.fingerprint == fingerprint))
+        raise TrialTaken(f"trial {fingerprint} is {state or 'unknown'}; only a WAITING trial can be started")
+    attempt = schema.attempt
+    last = connection.scalar(select(func.max(attempt.c.number)).where(attempt.c.fingerprint == fingerprint))
+    values = {
+        "fingerprint": fingerprint,
+        "number": (last or 0) + 1,
+        "token": secrets.token_hex(4),
+        "sweep_id": lease.sweep_id,
+        "layout": layout.model_dump(mode="json"),
+        "provenance": dict(provenance),
+        "resume_step": resume_step,
+        "resumed_from_attempt": resumed_from,
+        "started_at": now,
+    }
+    return attempt_row(connection.execute(insert(attempt).values(**values).returning(*attempt.c)).mappings().one())
+
+
+def set_hosts(connection: Connection, lease: Lease, attempt: AttemptRow, hosts: Sequence[str]) -> None:
+    leases.check(connection, lease)
+    connection.execute(update(schema.attempt).where(schema.attempt.c.id == attempt.id).values(hosts=list(hosts)))
+
+
+def record(
+    connection: Connection, lease: Lease, attempt: AttemptRow, records: Sequence[StepRecord | ValidationRecord]
+) -> None:
+    """Keep an attempt's records; those already there stay. An ended attempt still takes them (recovery reads late)."""
+    leases.check(connection, lease)
+    steps = [_finite(item, attempt.id) for item in records if isinstance(item, StepRecord)]
+    validations = [_finite(item, attempt.id) for item in records if isinstance(item, ValidationRecord)]
+    insert_missing(connection, schema.step_metric, steps)
+    insert_missing(connection, schema.validation, validations)
+
+
+def _finite(item: StepRecord | ValidationRecord, attempt_id: int) -> dict[str, Any]:
+    values = item.model_dump(exclude={"kind"})
+    for key, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            values[key] = None
+            values["nonfinite"] = True
+    return {"attempt_id": attempt_id, **values}
+
+
+def end(
+    connection: Connection,
+    lease: Lease,
+    attempt: AttemptRow,
+    state: str,
+    cause: str,
+    reason: str,
+    end_step: int | None,
+    summary: Summary | None,
+    log_tail: str | None,
+) -> None:
+    """Close the attempt and move its trial to ``state``; a trial that is not RUNNING in this attempt is left alone."""
+    leases.check(connection, lease)
+    if state == schema.RUNNING or state not in schema.STATES:
+        allowed = ", ".join(other for other in schema.STATES if other != schema.RUNNING)
+        raise ValueError(f"an attempt can't end in state {state}; allowed: {allowed}")
+    trial = schema.trial
+    running = connection.execute(
+        select(trial.c.state).where(trial.c.fingerprint == attempt.fingerprint).with_for_update()
+    ).scalar_one()
+    is_open = connection.scalar(select(schema.attempt.c.ended_at.is_(None)).where(schema.attempt.c.id == attempt.id))
+    if running != schema.RUNNING or not is_open:
+        raise FinishedIsFinal(
+            f"attempt {attempt.number} of trial {attempt.fingerprint} can't end in {state}: "
+            f"the trial is {running} and the attempt has {'not ' if is_open else ''}ended"
+        )
+    now = datetime.now(UTC)
+    step = summary.step if end_step is None and summary is not None else end_step
+    closing = _closing(attempt, summary, now)
+    _close(connection, attempt.id, cause=cause, reason=reason, end_step=step, log_tail=log_tail, **closing)
+    kept = None if state == schema.WAITING else step
+    connection.execute(
+        update(trial)
+        .where(trial.c.fingerprint == attempt.fingerprint)
+        .values(state=state, cause=cause, reason=reason, end_step=kept, updated_at=now)
+    )
+
+
+def _closing(attempt: AttemptRow, summary: Summary | None, now: datetime) -> dict[str, Any]:
+    """Measurements of an ended attempt; a killed one left no summary, but held its hosts until now."""
+    if summary is None:
+        return {"ended_at": now, "seconds": (now - attempt.started_at).total_seconds()}
+    speed = summary.tokens_per_second
+    return {
+        "ended_at": now,
+        "seconds": summary.seconds if math.isfinite(summary.seconds) else None,
+        "tokens_per_second": speed if speed is not None and math.isfinite(speed) else None,
+        "peak_memory_bytes": summary.peak_memory_bytes,
+    }
+
+
+def _close(connection: Connection, attempt_id: int, **values: object) -> None:
+    connection.execute(update(schema.attempt).where(schema.attempt.c.id == attempt_id).values(**values))
+
+
+def take_over(connection: Connection, lease: Lease) -> list[str]:
+    """Free what the sweep's last controller left RUNNING, and shared trials whose own controller's lease ran out."""
+    leases.check(connection, lease)
+    return _free(connection, lease, [row for row in _running(connection, lease) if row["sweep_id"] == lease.sweep_id])
+
+
+def adopt_orphans(connection: Connection, lease: Lease) -> list[str]:
+    """Free RUNNING trials of this sweep that another sweep's controller started and, its lease over, left behind."""
+    leases.check(connection, lease)
+    orphans = [
+        row
+        for row in _running(connection, lease)
+        if row["sweep_id"] != lease.sweep_id and leases.holder(connection, row["sweep_id"]) is None
+    ]
+    return _free(connection, lease, orphans)
+
+
+def _running(connection: Connection, lease: Lease) -> list[RowMapping]:
+    link, trial, attempt = schema.sweep_trial, schema.trial, schema.attempt
+    query = (
+        select(attempt)
+        .join(trial, trial.c.fingerprint == attempt.c.fingerprint)
+        .join(link, link.c.fingerprint == trial.c.fingerprint)
+        .where(link.c.sweep_id == lease.sweep_id, trial.c.state == schema.RUNNING, attempt.c.ended_at.is_(None))
+        .order_by(link.c.position)
+        .with_for_update(of=[trial, attempt])
+    )
+    return list(connection.execute(query).mappings())
+
+
+def _free(connection: Connection, lease: Lease, rows: Sequence[RowMapping]) -> list[str]:
+    now = datetime.now(UTC)
+    reason = "the controller went away while the attempt ran"
+    for row in rows:
+        _close(connection, row["id"], ended_at=now, cause=CONTROLLER_LOST, reason=reason)
+        connection.execute(
+            update(schema.trial)
+            .where(schema.trial.c.fingerprint == row["fingerprint"])
+            .values(state=schema.WAITING, cause=CONTROLLER_LOST, reason=reason, updated_at=now)
+        )
+        add_event(connection, lease.sweep_id, CONTROLLER_LOST, reason, row["fingerprint"], row["number"])
+    return [row["fingerprint"] for row in rows]
+
+
+def reopen(connection: Connection, sweep_id: int, fingerprints: Sequence[str]) -> int:
+    """FAILED and CANCELED trials of the sweep wait again, with a fresh retry budget; others are left alone."""
+    attempt, trial = schema.attempt, schema.trial
+    last = select(func.coalesce(func.max(attempt.c.number), 0)).where(attempt.c.fingerprint == trial.c.fingerprint)
+    changes = {"cause": None, "reason": None, "end_step": None, "reopened_after": last.scalar_subquery()}
+    ended = (schema.FAILED, schema.CANCELED)
+    return _move(connection, sweep_id, fingerprints, ended, schema.WAITING, "reopened", changes)
+
+
+def cancel(connection: Connection, sweep_id: int, fingerprints: Sequence[str]) -> int:
+    """WAITING trials of the sweep are CANCELED, for every sweep that shares them; others are left alone."""
+    changes = {"cause": "canceled", "reason": "canceled by the user"}
+    return _move(connection, sweep_id, fingerprints, (schema.WAITING,), schema.CANCELED, "canceled", changes)
+
+
+def _move(
+    connection: Connection,
+    sweep_id: int,
+    fingerprints: Sequence[str],
+    states: tuple[str, ...],
+    state: str,
+    kind: str,
+    changes: Mapping[str, Any],
+) -> int:
+    trial, link = schema.trial, schema.sweep_trial
+    in_sweep = select(link.c.fingerprint).where(link.c.sweep_id == sweep_id)
+    num_moved = 0
+    for fingerprint in sorted(set(fingerprints)):
+        moved = connection.execute(
+            update(trial)
+            .where(trial.c.fingerprint == fingerprint, trial.c.state.in_(states), trial.c.fingerprint.in_(in_sweep))
+            .values(state=state, updated_at=datetime.now(UTC), **changes)
+        ).rowcount
+        if moved:
+            add_event(connection, sweep_id, kind, f"{kind} by the user", fingerprint)
+            num_moved += 1
+    return num_moved

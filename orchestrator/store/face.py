@@ -1,0 +1,197 @@
+"""The store's face: each method is one transaction. Threads may share a Store; processes open their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, Self, TypeVar
+
+from sqlalchemy import Connection, update
+
+from models.config import Layout
+from models.run_dir import StepRecord, Summary, ValidationRecord
+from orchestrator.store import attempts, query, reader, schema, submission
+from orchestrator.store import lease as leases
+from orchestrator.store.engine import make_engine, parse_url, reading, writing
+from orchestrator.store.migrate import migrate
+from orchestrator.store.rows import Added, AttemptRow, Curve, EventRow, Lease, SweepRow, TrialRow
+from orchestrator.sweep import UserError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from orchestrator.plan import Plan
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Store:
+    """The memory of all sweeps, in SQLite or Postgres; a context manager.
+
+    Opening brings the database to this code's schema, or raises UserError when it can't be opened, is newer, or
+    lies on a network file system. Writes of a controller take its lease and raise LeaseLost once it is void.
+    """
+
+    def __init__(self, url: str) -> None:
+        parsed = parse_url(url)
+        self.url = parsed.render_as_string(hide_password=True)
+        self._engine = make_engine(parsed)
+        migrate(self._engine)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._engine.dispose()
+
+    def _read(self, function: Callable[Concatenate[Connection, P], R], *args: P.args, **kwargs: P.kwargs) -> R:
+        with reading(self._engine) as connection:
+            return function(connection, *args, **kwargs)
+
+    def _write(self, function: Callable[Concatenate[Connection, P], R], *args: P.args, **kwargs: P.kwargs) -> R:
+        with writing(self._engine) as connection:
+            return function(connection, *args, **kwargs)
+
+    # Sweeps and trials
+
+    def add(self, plan: Plan) -> Added:
+        """Store a plan: known trials are kept, missing ones wait, those no longer planned are not current."""
+        return self._write(submission.add_plan, plan)
+
+    def sweeps(self) -> list[SweepRow]:
+        return self._read(reader.sweeps)
+
+    def sweep(self, name: str) -> SweepRow:
+        """UserError, with the nearest name, when there is none."""
+        return self._read(reader.sweep, name)
+
+    def trials(self, sweep_id: int) -> list[TrialRow]:
+        """The sweep's current trials, by position."""
+        return self._read(reader.trials, sweep_id)
+
+    def reopen(self, sweep_id: int, fingerprints: Sequence[str]) -> int:
+        """FAILED and CANCELED trials wait again; returns how many."""
+        return self._write(attempts.reopen, sweep_id, fingerprints)
+
+    def cancel(self, sweep_id: int, fingerprints: Sequence[str]) -> int:
+        """WAITING trials become CANCELED, for every sweep that shares them; returns how many."""
+        return self._write(attempts.cancel, sweep_id, fingerprints)
+
+    # The lease
+
+    def acquire_lease(self, sweep_id: int, holder: str, seconds: float) -> Lease:
+        """The right to write for a sweep; raises LeaseHeld while someone else has it."""
+        return self._write(leases.acquire, sweep_id, holder, seconds)
+
+    def renew_lease(self, lease: Lease, seconds: float) -> None:
+        self._write(leases.renew, lease, seconds)
+
+    def release_lease(self, lease: Lease) -> None:
+        self._write(leases.release, lease)
+
+    def lease_holder(self, sweep_id: int) -> tuple[str, float] | None:
+        """(holder, seconds left) while a lease is in force."""
+        return self._read(leases.holder, sweep_id)
+
+    # Attempts
+
+    def take_over(self, lease: Lease) -> list[str]:
+        """RUNNING trials that this sweep's last controller left go back to WAITING; returns them."""
+        return self._write(attempts.take_over, lease)
+
+    def adopt_orphans(self, lease: Lease) -> list[str]:
+        """The same for shared trials that another sweep's controller left, whose lease has run out."""
+        return self._write(attempts.adopt_orphans, lease)
+
+    def attempts(self, fingerprint: str) -> list[AttemptRow]:
+        """Oldest first."""
+        return self._read(reader.attempts, fingerprint)
+
+    def start_attempt(
+        self,
+        lease: Lease,
+        fingerprint: str,
+        *,
+        layout: Layout,
+        provenance: Mapping[str, Any],
+        resume_step: int = 0,
+        resumed_from: int | None = None,
+    ) -> AttemptRow:
+        """Claim a WAITING trial; TrialTaken when it is not (another sweep's controller may run it)."""
+        return self._write(attempts.start, lease, fingerprint, layout, provenance, resume_step, resumed_from)
+
+    def set_hosts(self, lease: Lease, attempt: AttemptRow, hosts: Sequence[str]) -> None:
+        self._write(attempts.set_hosts, lease, attempt, hosts)
+
+    def record(self, lease: Lease, attempt: AttemptRow, records: Sequence[StepRecord | ValidationRecord]) -> None:
+        """Keep records, in bulk; those already there stay."""
+        if records:
+            self._write(attempts.record, lease, attempt, records)
+
+    def end_attempt(
+        self,
+        lease: Lease,
+        attempt: AttemptRow,
+        *,
+        state: str,
+        cause: str,
+        reason: str,
+        end_step: int | None = None,
+        summary: Summary | None = None,
+        log_tail: str | None = None,
+    ) -> None:
+        """Close the attempt and move the trial; FinishedIsFinal when it has already ended."""
+        self._write(attempts.end, lease, attempt, state, cause, reason, end_step, summary, log_tail)
+
+    # Events, curves, mirrors
+
+    def add_event(
+        self, sweep_id: int | None, kind: str, message: str, fingerprint: str | None = None, attempt: int | None = None
+    ) -> None:
+        self._write(submission.add_event, sweep_id, kind, message, fingerprint, attempt)
+
+    def events(self, sweep_id: int | None = None, after: int = 0) -> list[EventRow]:
+        """Events with an id above ``after``, oldest first."""
+        return self._read(reader.events, sweep_id, after)
+
+    def curve(self, fingerprint: str, after: tuple[int, int] | None = None) -> Curve:
+        """A trial's history by the reader's rule. ``after`` = (attempt, step) gives only newer steps; validations
+        are few, and always all there."""
+        return self._read(reader.curve, fingerprint, after)
+
+    def set_mlflow_run(self, sweep_id: int, fingerprint: str | None, run_id: str | None) -> None:
+        """The sweep's parent run when ``fingerprint`` is None, else the trial's run in this sweep."""
+        if fingerprint is None:
+            statement = update(schema.sweep).where(schema.sweep.c.id == sweep_id)
+        else:
+            link = schema.sweep_trial
+            statement = update(link).where(link.c.sweep_id == sweep_id, link.c.fingerprint == fingerprint)
+        with writing(self._engine) as connection:
+            connection.execute(statement.values(mlflow_run_id=run_id))
+
+    def mirror_cursor(self, sweep_id: int, fingerprint: str) -> dict[str, Any] | None:
+        """What the mirror last noted about a trial; the store does not look inside."""
+        return self._read(reader.mirror_cursor, sweep_id, fingerprint)
+
+    def set_mirror_cursor(self, sweep_id: int, fingerprint: str, cursor: Mapping[str, Any] | None) -> None:
+        link = schema.sweep_trial
+        statement = update(link).where(link.c.sweep_id == sweep_id, link.c.fingerprint == fingerprint)
+        with writing(self._engine) as connection:
+            connection.execute(statement.values(mirror_cursor=None if cursor is None else dict(cursor)))
+
+    # SQL and notebooks
+
+    def query(self, sql: str, timeout_seconds: float = query.TIMEOUT_SECONDS) -> pd.DataFrame:
+        """One reading statement, on its own read-only connection; mistakes and refusals are UserErrors."""
+        return query.to_frame(query.run(self._engine, sql, seconds=timeout_seconds))
+
+    def frame(self, view: Literal["results", "curves", "attempts"], sweep: str | None = None) -> pd.DataFrame:
+        """A view as a DataFrame, of one sweep or all, with a column an axis (``train.lr``)."""
+        if view not in ("results", "curves", "attempts"):
+            raise UserError(f"no view {view!r}; allowed: results, curves, attempts")
+        if sweep is not None:
+            self.sweep(sweep)
+        return query.view_frame(self._engine, view, sweep)

@@ -1,0 +1,80 @@
+"""One writer a sweep: a lease by the database's clock, with a fencing token.
+
+A token only grows. Every write of a controller compares its own inside its own transaction, so a controller that
+lost the lease without noticing can't write a byte more. An expired lease stays good until someone takes it.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import Connection, Float, cast, func, literal, select, update
+from sqlalchemy.sql.elements import ColumnElement
+
+from orchestrator.store import schema
+from orchestrator.store.rows import Lease, LeaseHeld, LeaseLost
+from orchestrator.store.submission import insert_missing
+
+
+def database_seconds(connection: Connection) -> ColumnElement[float]:
+    """Seconds since 1970 by the database's clock, as SQL."""
+    if connection.dialect.name == "sqlite":
+        return (func.julianday("now") - literal(2440587.5)) * literal(86400.0)
+    return cast(func.extract("epoch", func.clock_timestamp()), Float(53))
+
+
+def acquire(connection: Connection, sweep_id: int, holder: str, seconds: float) -> Lease:
+    """Take the lease with a new token, or raise LeaseHeld while another one is in force."""
+    lease = schema.lease
+    vacant = {"sweep_id": sweep_id, "holder": "", "token": 0, "expires_at": 0.0}
+    insert_missing(connection, lease, [vacant])
+    now = database_seconds(connection)
+    held = connection.execute(
+        select(lease.c.holder, lease.c.token, (lease.c.expires_at - now).label("seconds_left"))
+        .where(lease.c.sweep_id == sweep_id)
+        .with_for_update()
+    ).one()
+    if held.seconds_left > 0:
+        raise LeaseHeld(held.holder, held.seconds_left)
+    token: int = held.token + 1
+    connection.execute(
+        update(lease)
+        .where(lease.c.sweep_id == sweep_id)
+        .values(holder=holder, token=token, expires_at=now + literal(seconds))
+    )
+    return Lease(sweep_id=sweep_id, token=token)
+
+
+def check(connection: Connection, lease: Lease) -> None:
+    """Raise LeaseLost unless the lease is the newest one; hold it until the transaction ends."""
+    table = schema.lease
+    token = connection.scalar(select(table.c.token).where(table.c.sweep_id == lease.sweep_id).with_for_update())
+    if token != lease.token:
+        raise LeaseLost(
+            f"the lease on sweep {lease.sweep_id} with token {lease.token} was lost: the token is now {token}"
+        )
+
+
+def renew(connection: Connection, lease: Lease, seconds: float) -> None:
+    check(connection, lease)
+    connection.execute(
+        update(schema.lease)
+        .where(schema.lease.c.sweep_id == lease.sweep_id)
+        .values(expires_at=database_seconds(connection) + literal(seconds))
+    )
+
+
+def release(connection: Connection, lease: Lease) -> None:
+    """Give the lease back; the old token is void from now on."""
+    check(connection, lease)
+    connection.execute(
+        update(schema.lease)
+        .where(schema.lease.c.sweep_id == lease.sweep_id)
+        .values(holder="", token=lease.token + 1, expires_at=0.0)
+    )
+
+
+def holder(connection: Connection, sweep_id: int) -> tuple[str, float] | None:
+    """(holder, seconds left) of a lease in force, or None."""
+    lease = schema.lease
+    left = (lease.c.expires_at - database_seconds(connection)).label("seconds_left")
+    row = connection.execute(select(lease.c.holder, left).where(lease.c.sweep_id == sweep_id)).one_or_none()
+    return (row.holder, row.seconds_left) if row is not None and row.seconds_left > 0 else None

@@ -1,0 +1,168 @@
+"""What the store hands out, and the errors it raises. Rows are snapshots: nothing changes behind their back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from models.config import Layout, TrialConfig
+
+
+class StoreError(Exception):
+    """Base of the errors that a controller handles; a user's mistake is a ``UserError`` instead."""
+
+
+class LeaseHeld(StoreError):
+    """Another controller runs the sweep."""
+
+    def __init__(self, holder: str, seconds_left: float) -> None:
+        super().__init__(f"the sweep is run by {holder}; its lease ends in {seconds_left:.0f} s unless it is renewed")
+        self.holder = holder
+        self.seconds_left = seconds_left
+
+
+class LeaseLost(StoreError):
+    """Another controller took the sweep over, or the lease was released: stop writing."""
+
+
+class TrialTaken(StoreError):
+    """The trial is not WAITING: another sweep's controller runs it, or it has ended."""
+
+
+class FinishedIsFinal(StoreError):
+    """The trial is COMPLETE, PRUNED or DIVERGED, or is not running: its end can't be written again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Added:
+    """What a submission did: ``num_new`` trials were unknown to the whole store, ``num_known`` were kept."""
+
+    sweep_id: int
+    num_new: int
+    num_known: int
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """The right to write for a sweep, until another token is stored."""
+
+    sweep_id: int
+    token: int
+
+
+@dataclass(frozen=True, slots=True)
+class SweepRow:
+    """A sweep. ``arms`` are the current ones in file order; ``settings`` is the whole resolved sweep."""
+
+    id: int
+    name: str
+    question: str
+    baseline: str
+    arms: tuple[str, ...]
+    verdict: dict[str, Any]
+    settings: dict[str, Any]
+    text: str
+    overrides: tuple[str, ...]
+    created_at: datetime
+    updated_at: datetime
+    mlflow_run_id: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class TrialRow:
+    """A trial as one sweep sees it. State and end belong to the trial, arm, axes and position to the sweep."""
+
+    fingerprint: str
+    arm: str
+    axes: dict[str, Any]
+    seed: int
+    position: int
+    layout: Layout
+    config: TrialConfig
+    state: str
+    cause: str | None
+    reason: str | None
+    end_step: int | None
+    num_attempts: int
+    reopened_after: int
+    """Attempts up to this number were made before the last rerun: they don't count against the retry budget."""
+    num_parameters: int
+    training_flops: int
+    mlflow_run_id: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptRow:
+    """One launch. ``ended_at`` is None while it is open; ``sweep_id`` is the sweep whose controller started it."""
+
+    id: int
+    fingerprint: str
+    number: int
+    token: str
+    sweep_id: int
+    layout: Layout
+    hosts: tuple[str, ...]
+    provenance: dict[str, Any]
+    resume_step: int
+    resumed_from: int | None
+    started_at: datetime
+    ended_at: datetime | None
+    cause: str | None
+    reason: str | None
+    end_step: int | None
+    seconds: float | None
+    tokens_per_second: float | None
+    peak_memory_bytes: int | None
+    log_tail: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class StepRow:
+    """One optimizer step of a trial's curve, and the attempt that made it."""
+
+    attempt: int
+    step: int
+    tokens: int
+    fraction: float
+    lr: float | None
+    loss_nats: float | None
+    gradient_norm: float | None
+    tokens_per_second: float | None
+    nonfinite: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ValidationRow:
+    """One evaluation of a trial's curve, after ``step`` optimizer steps."""
+
+    attempt: int
+    step: int
+    split: str
+    tokens: int
+    fraction: float
+    loss_nats: float | None
+    bits_per_byte: float | None
+    num_tokens: int
+    num_bytes: int
+    nonfinite: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """A trial's history as if it had been trained in one go: steps and validations, ascending."""
+
+    steps: tuple[StepRow, ...]
+    validations: tuple[ValidationRow, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class EventRow:
+    """Something worth telling that is not a number."""
+
+    id: int
+    at: datetime
+    kind: str
+    message: str
+    fingerprint: str | None
+    attempt: int | None

@@ -1,0 +1,223 @@
+"""The base tables. Singular names: the plural ones (``results``, ``curves``, ``attempts``) are the documented views.
+
+A trial is global, keyed by its fingerprint: two sweeps that ask for the same trial share it. JSON columns stay
+``json`` on Postgres, not ``jsonb``, which would forget the order of arms and axes.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Boolean,
+    CheckConstraint,
+    Column,
+    DateTime,
+    Dialect,
+    Float,
+    ForeignKey,
+    ForeignKeyConstraint,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    Text,
+    UniqueConstraint,
+)
+from sqlalchemy.types import TypeDecorator
+
+VERSION_TABLE = "gatesweep_version"
+"""Not ``alembic_version``: Optuna and MLflow use that name, and may share the database."""
+
+REVISIONS = ("0001",)
+"""Every schema version this code knows, oldest first. A database at another one was made by newer code."""
+
+WAITING, RUNNING, COMPLETE, PRUNED, DIVERGED, FAILED, CANCELED = STATES = (
+    "WAITING",
+    "RUNNING",
+    "COMPLETE",
+    "PRUNED",
+    "DIVERGED",
+    "FAILED",
+    "CANCELED",
+)
+FINISHED = (COMPLETE, PRUNED, DIVERGED)
+"""Final for ever. FAILED and CANCELED can be reopened."""
+
+
+class UtcDateTime(TypeDecorator[datetime]):
+    """Aware UTC timestamps on both back ends; SQLite itself keeps no time zone."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        if value is None:
+            return None
+        utc = value.astimezone(UTC)
+        return utc.replace(tzinfo=None) if dialect.name == "sqlite" else utc
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        if value is None:
+            return None
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+
+
+metadata = MetaData(
+    naming_convention={
+        "pk": "pk_%(table_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_name)s",
+        "ix": "ix_%(table_name)s_%(column_0_name)s",
+        "ck": "ck_%(table_name)s_%(constraint_name)s",
+    }
+)
+
+RowId = BigInteger().with_variant(Integer, "sqlite")
+"""SQLite numbers rows by itself only in an INTEGER key."""
+
+sweep = Table(
+    "sweep",
+    metadata,
+    Column("id", RowId, primary_key=True),
+    Column("name", String(200), nullable=False, unique=True),
+    Column("question", Text, nullable=False),
+    Column("baseline", String(200), nullable=False),
+    Column("verdict", JSON, nullable=False),
+    Column("settings", JSON, nullable=False),
+    Column("text", Text, nullable=False),
+    Column("overrides", JSON, nullable=False),
+    Column("created_at", UtcDateTime, nullable=False),
+    Column("updated_at", UtcDateTime, nullable=False),
+    Column("mlflow_run_id", String(64)),
+)
+
+arm = Table(
+    "arm",
+    metadata,
+    Column("sweep_id", RowId, ForeignKey("sweep.id"), primary_key=True),
+    Column("name", String(200), primary_key=True),
+    Column("position", Integer, nullable=False),
+    Column("settings", JSON, nullable=False),
+    Column("current", Boolean, nullable=False),
+)
+
+lease = Table(
+    "lease",
+    metadata,
+    Column("sweep_id", RowId, ForeignKey("sweep.id"), primary_key=True, autoincrement=False),
+    Column("holder", String(200), nullable=False),
+    Column("token", BigInteger, nullable=False),
+    Column("expires_at", Float(53), nullable=False),  # epoch seconds by the database's clock
+)
+
+trial = Table(
+    "trial",
+    metadata,
+    Column("fingerprint", String(64), primary_key=True),
+    Column("config", JSON, nullable=False),
+    Column("lr", Float(53), nullable=False),
+    Column("seed", BigInteger, nullable=False),
+    Column("num_steps", BigInteger, nullable=False),
+    Column("num_parameters", BigInteger, nullable=False),
+    Column("training_flops", Float(53), nullable=False),  # passes 2^63 from about 9e18 on
+    Column("state", String(10), nullable=False),
+    Column("cause", String(100)),
+    Column("reason", Text),
+    Column("end_step", BigInteger),
+    Column("reopened_after", Integer, nullable=False),
+    Column("created_at", UtcDateTime, nullable=False),
+    Column("updated_at", UtcDateTime, nullable=False),
+    CheckConstraint("state IN ('" + "', '".join(STATES) + "')", name="state"),
+)
+
+sweep_trial = Table(
+    "sweep_trial",
+    metadata,
+    Column("sweep_id", RowId, ForeignKey("sweep.id"), primary_key=True),
+    Column("fingerprint", String(64), ForeignKey("trial.fingerprint"), primary_key=True),
+    Column("arm", String(200), nullable=False),
+    Column("axes", JSON, nullable=False),
+    Column("seed", BigInteger, nullable=False),
+    Column("layout", JSON, nullable=False),
+    Column("position", Integer, nullable=False),
+    Column("current", Boolean, nullable=False),
+    Column("mlflow_run_id", String(64)),
+    Column("mirror_cursor", JSON(none_as_null=True)),
+    ForeignKeyConstraint(["sweep_id", "arm"], ["arm.sweep_id", "arm.name"], name="fk_sweep_trial_arm"),
+    Index("ix_sweep_trial_fingerprint", "fingerprint"),
+)
+
+attempt = Table(
+    "attempt",
+    metadata,
+    Column("id", RowId, primary_key=True),
+    Column("fingerprint", String(64), ForeignKey("trial.fingerprint"), nullable=False),
+    Column("number", Integer, nullable=False),
+    Column("token", String(32), nullable=False),
+    Column("sweep_id", RowId, ForeignKey("sweep.id"), nullable=False),
+    Column("layout", JSON, nullable=False),
+    Column("hosts", JSON(none_as_null=True)),
+    Column("provenance", JSON, nullable=False),
+    Column("resume_step", BigInteger, nullable=False),
+    Column("resumed_from_attempt", Integer),
+    Column("started_at", UtcDateTime, nullable=False),
+    Column("ended_at", UtcDateTime),
+    Column("cause", String(100)),
+    Column("reason", Text),
+    Column("end_step", BigInteger),
+    Column("seconds", Float(53)),
+    Column("tokens_per_second", Float(53)),
+    Column("peak_memory_bytes", BigInteger),
+    Column("log_tail", Text),
+    UniqueConstraint("fingerprint", "number"),
+    Index("ix_attempt_sweep_id", "sweep_id"),
+)
+
+step_metric = Table(
+    "step_metric",
+    metadata,
+    Column("attempt_id", RowId, ForeignKey("attempt.id"), primary_key=True),
+    Column("step", BigInteger, primary_key=True),
+    Column("tokens", BigInteger, nullable=False),
+    Column("fraction", Float(53), nullable=False),
+    Column("lr", Float(53)),
+    Column("loss_nats", Float(53)),
+    Column("gradient_norm", Float(53)),
+    Column("tokens_per_second", Float(53)),
+    Column("nonfinite", Boolean, nullable=False),
+    sqlite_with_rowid=False,
+)
+
+validation = Table(
+    "validation",
+    metadata,
+    Column("attempt_id", RowId, ForeignKey("attempt.id"), primary_key=True),
+    Column("step", BigInteger, primary_key=True),
+    Column("split", String(20), primary_key=True),
+    Column("tokens", BigInteger, nullable=False),
+    Column("fraction", Float(53), nullable=False),
+    Column("loss_nats", Float(53)),
+    Column("bits_per_byte", Float(53)),
+    Column("num_tokens", BigInteger, nullable=False),
+    Column("num_bytes", BigInteger, nullable=False),
+    Column("nonfinite", Boolean, nullable=False),
+    sqlite_with_rowid=False,
+)
+
+event = Table(
+    "event",
+    metadata,
+    Column("id", RowId, primary_key=True),
+    Column("sweep_id", RowId, ForeignKey("sweep.id")),
+    Column("fingerprint", String(64), ForeignKey("trial.fingerprint")),
+    Column("attempt_number", Integer),
+    Column("at", UtcDateTime, nullable=False),
+    Column("kind", String(100), nullable=False),
+    Column("message", Text, nullable=False),
+    Index("ix_event_sweep_id", "sweep_id"),
+    Index("ix_event_fingerprint", "fingerprint"),
+)

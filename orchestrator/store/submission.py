@@ -1,0 +1,150 @@
+"""Writing a plan into the store: idempotent, one transaction."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import Connection, Table, insert, select, update
+from sqlalchemy.dialects import postgresql, sqlite
+
+from orchestrator.store import schema
+from orchestrator.store.rows import Added
+
+if TYPE_CHECKING:
+    from orchestrator.plan import Plan, PlannedTrial
+    from orchestrator.sweep import Sweep
+
+
+def insert_missing(connection: Connection, table: Table, rows: Sequence[dict[str, Any]]) -> None:
+    """Insert the rows whose key is not there yet, and leave the others as they are."""
+    if not rows:
+        return
+    if connection.dialect.name == "sqlite":
+        connection.execute(sqlite.insert(table).on_conflict_do_nothing(), rows)
+    else:
+        connection.execute(postgresql.insert(table).on_conflict_do_nothing(), rows)
+
+
+def add_event(
+    connection: Connection,
+    sweep_id: int | None,
+    kind: str,
+    message: str,
+    fingerprint: str | None = None,
+    attempt: int | None = None,
+) -> None:
+    values = {"sweep_id": sweep_id, "fingerprint": fingerprint, "attempt_number": attempt, "kind": kind}
+    connection.execute(insert(schema.event).values(at=datetime.now(UTC), message=message, **values))
+
+
+def add_plan(connection: Connection, plan: Plan) -> Added:
+    """Keep what is known, add what is missing, and mark what the plan no longer holds as not current."""
+    sweep_id = _put_sweep(connection, plan.sweep)
+    _put_arms(connection, sweep_id, plan.sweep)
+    fingerprints = [planned.fingerprint for planned in plan.trials]
+    if len(set(fingerprints)) != len(fingerprints):
+        raise ValueError(f"sweep {plan.sweep.name}: the plan holds one fingerprint twice")
+    known = _known(connection, fingerprints)
+    new = [planned for planned in plan.trials if planned.fingerprint not in known]
+    # Sorted, so that two submissions that share trials lock them in one order.
+    rows = [_trial_values(planned) for planned in sorted(new, key=lambda planned: planned.fingerprint)]
+    insert_missing(connection, schema.trial, rows)
+    _link(connection, sweep_id, plan.trials)
+    return Added(sweep_id=sweep_id, num_new=len(new), num_known=len(fingerprints) - len(new))
+
+
+def _put_sweep(connection: Connection, sweep: Sweep) -> int:
+    now = datetime.now(UTC)
+    settings = sweep.model_dump(mode="json")
+    values: dict[str, Any] = {
+        "question": sweep.question,
+        "baseline": sweep.baseline,
+        "verdict": settings["verdict"],
+        "settings": settings,
+        "text": sweep.text,
+        "overrides": list(sweep.overrides),
+    }
+    first = {"name": sweep.name, "created_at": now, "updated_at": now, **values}
+    insert_missing(connection, schema.sweep, [first])
+    stored = connection.execute(select(schema.sweep).where(schema.sweep.c.name == sweep.name).with_for_update()).one()
+    sweep_id: int = stored.id
+    before = {key: getattr(stored, key) for key in values}
+    if before != values:
+        connection.execute(update(schema.sweep).where(schema.sweep.c.id == sweep_id).values(updated_at=now, **values))
+    if (before["verdict"], before["baseline"]) != (values["verdict"], values["baseline"]):
+        message = (
+            f"verdict settings changed: {before['verdict']}, baseline {before['baseline']} -> "
+            f"{values['verdict']}, baseline {values['baseline']}"
+        )
+        add_event(connection, sweep_id, "verdict settings changed", message)
+    return sweep_id
+
+
+def _put_arms(connection: Connection, sweep_id: int, sweep: Sweep) -> None:
+    arm = schema.arm
+    connection.execute(update(arm).where(arm.c.sweep_id == sweep_id).values(current=False))
+    arms = sweep.model_dump(mode="json", include={"arms"})["arms"]
+    for position, (name, settings) in enumerate(arms.items()):
+        values = {"position": position, "settings": settings, "current": True}
+        insert_missing(connection, arm, [{"sweep_id": sweep_id, "name": name, **values}])
+        connection.execute(update(arm).where(arm.c.sweep_id == sweep_id, arm.c.name == name).values(**values))
+
+
+def _known(connection: Connection, fingerprints: Sequence[str]) -> set[str]:
+    column = schema.trial.c.fingerprint
+    known: set[str] = set()
+    for start in range(0, len(fingerprints), 500):
+        chunk = fingerprints[start : start + 500]
+        known.update(connection.scalars(select(column).where(column.in_(chunk))))
+    return known
+
+
+def _trial_values(planned: PlannedTrial) -> dict[str, Any]:
+    now = datetime.now(UTC)
+    return {
+        "fingerprint": planned.fingerprint,
+        "config": planned.config.model_dump(mode="json"),
+        "lr": planned.config.train.lr,
+        "seed": planned.config.seed,
+        "num_steps": planned.config.train.num_steps,
+        "num_parameters": planned.num_parameters,
+        "training_flops": float(planned.training_flops),
+        "state": schema.WAITING,
+        "reopened_after": 0,
+        "created_at": now,
+        "updated_at": now,
+    }
+
+
+def _link(connection: Connection, sweep_id: int, trials: Sequence[PlannedTrial]) -> None:
+    link = schema.sweep_trial
+    linked = {
+        row.fingerprint: row._asdict() for row in connection.execute(select(link).where(link.c.sweep_id == sweep_id))
+    }
+    planned_rows = [_link_values(sweep_id, planned) for planned in trials]
+    insert_missing(connection, link, [row for row in planned_rows if row["fingerprint"] not in linked])
+    for row in planned_rows:
+        before = linked.pop(row["fingerprint"], None)
+        if before is not None and any(before[key] != value for key, value in row.items()):
+            connection.execute(
+                update(link).where(link.c.sweep_id == sweep_id, link.c.fingerprint == row["fingerprint"]).values(**row)
+            )
+    for fingerprint in linked:
+        connection.execute(
+            update(link).where(link.c.sweep_id == sweep_id, link.c.fingerprint == fingerprint).values(current=False)
+        )
+
+
+def _link_values(sweep_id: int, planned: PlannedTrial) -> dict[str, Any]:
+    return {
+        "sweep_id": sweep_id,
+        "fingerprint": planned.fingerprint,
+        "arm": planned.arm,
+        "axes": planned.axes,
+        "seed": planned.seed,
+        "layout": planned.layout.model_dump(mode="json"),
+        "position": planned.position,
+        "current": True,
+    }

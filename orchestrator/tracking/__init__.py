@@ -1,0 +1,19 @@
+"""MLflow, as a mirror of the store: one way, off the critical path, rebuildable. The only package that knows MLflow.
+
+Results never come from here. MLflow itself is imported when there is something to send, not before.
+"""
+
+from orchestrator.tracking.background import Mirror
+from orchestrator.tracking.mirror import OutOfTime, Sent, TrackingError, mirror
+from orchestrator.tracking.server import is_server, quiet_environment, ui_command
+
+__all__ = [
+    "Mirror",
+    "OutOfTime",
+    "Sent",
+    "TrackingError",
+    "is_server",
+    "mirror",
+    "quiet_environment",
+    "ui_command",
+]

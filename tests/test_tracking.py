@@ -1,0 +1,469 @@
+"""The mirror to MLflow: what it shows, and that it may be killed, repeated, cut off and rebuilt."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from store_runs import STEPS, Run, a_plan, steps, validation
+
+from orchestrator.store import Curve, StepRow, Store
+from orchestrator.tracking import Mirror, OutOfTime, TrackingError, is_server, mirror, run_content, ui_command
+from orchestrator.tracking.server import open_client, without_password
+
+mirror_module = sys.modules["orchestrator.tracking.mirror"]
+
+
+@pytest.fixture(scope="session")
+def mlflow_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One database for all tests, since its first migration takes seconds; each test has a sweep of its own in it."""
+    return tmp_path_factory.mktemp("mlflow")
+
+
+@pytest.fixture
+def uri(mlflow_home: Path) -> str:
+    return f"sqlite:///{mlflow_home}/mlflow.db"
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[Run]:
+    with Store(f"sqlite:///{tmp_path}/gatesweep.db") as store:
+        yield Run(store)
+
+
+@pytest.fixture
+def send(run: Run, uri: str, mlflow_home: Path) -> Any:
+    def one_pass(**more: Any) -> Any:
+        return mirror(run.store, run.sweep_id, uri, f"file://{mlflow_home}/artifacts", **more)
+
+    return one_pass
+
+
+@pytest.fixture
+def client(uri: str) -> Any:
+    return open_client(uri)
+
+
+def child(client: Any, run: Run, fingerprint: str | None = None) -> Any:
+    return client.get_run(run.trial(fingerprint).mlflow_run_id)
+
+
+def history(client: Any, run: Run, key: str) -> list[tuple[int, float]]:
+    found = client.get_metric_history(run.trial().mlflow_run_id, key)
+    return sorted((metric.step, metric.value) for metric in found)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+# What is shown
+
+
+def test_a_finished_trial_is_shown_with_parameters_tags_and_points(run, send, client):
+    run.complete(run.fingerprint, 2.5)
+    sent = send()
+    shown = child(client, run)
+    assert (sent.num_trials, sent.num_points) == (1, 6 * STEPS + 4)
+    assert shown.info.status == "FINISHED"
+    assert shown.data.params["train.lr"] == "0.001"
+    assert shown.data.params["model.ffn_size"] == "192"
+    assert shown.data.params["gate"] == "null"
+    expected = {
+        "arm": "baseline",
+        "seed": "1",
+        "state": "COMPLETE",
+        "cause": "finished",
+        "reason": "because",
+        "fingerprint": run.fingerprint,
+        "attempts": "1",
+        "axis.train.lr": "0.001",
+        "num_parameters": "1234",
+        "gatesweep.sweep": "quick",
+        "gatesweep.question": "Is it better?",
+        "mlflow.runName": "baseline lr=0.001 seed=1",
+        "mlflow.parentRunId": run.store.sweep("quick").mlflow_run_id,
+    }
+    assert {key: shown.data.tags.get(key) for key in expected} == expected
+    assert history(client, run, "loss_nats") == [(step, 3.0) for step in range(1, STEPS + 1)]
+    assert history(client, run, "by_tokens/loss_nats") == [(step * 256, 3.0) for step in range(1, STEPS + 1)]
+    assert history(client, run, "tokens")[-1] == (STEPS, STEPS * 256)
+    assert history(client, run, "validation_loss_nats") == [(STEPS, 2.5)]
+    assert history(client, run, "by_tokens/validation_bits_per_byte")[0][0] == STEPS * 256
+
+
+def test_the_sweep_is_the_parent_and_counts_its_trials(run, send, client):
+    run.complete(run.fingerprint, 2.5)
+    send()
+    parent = client.get_run(run.store.sweep("quick").mlflow_run_id)
+    counts = {key: parent.data.tags[key] for key in ("num_trials", "num_complete", "num_waiting", "num_failed")}
+    assert counts == {"num_trials": "4", "num_complete": "1", "num_waiting": "3", "num_failed": "0"}
+    assert parent.info.status == "RUNNING"
+    assert parent.data.tags["mlflow.note.content"] == "Is it better?"
+    for trial in run.plan.trials[1:]:
+        run.complete(trial.fingerprint, 2.5)
+    send()
+    parent = client.get_run(parent.info.run_id)
+    assert (parent.info.status, parent.data.tags["num_complete"]) == ("FINISHED", "4")
+
+
+def test_artifacts_are_the_config_the_plot_and_the_sweep_file(run, send, client, tmp_path):
+    run.complete(run.fingerprint, 2.5)
+    send()
+    config = client.download_artifacts(run.trial().mlflow_run_id, "config.json", str(tmp_path))
+    assert run.trial().config.model_validate_json(Path(config).read_text()) == run.trial().config
+    plot = client.download_artifacts(run.trial().mlflow_run_id, "loss.png", str(tmp_path))
+    assert Path(plot).read_bytes().startswith(b"\x89PNG")
+    parent = run.store.sweep("quick").mlflow_run_id
+    assert Path(client.download_artifacts(parent, "sweep.yaml", str(tmp_path))).read_text() == "name: quick\n"
+
+
+def test_each_state_has_its_run_status(run, send, client):
+    ends = {"COMPLETE": "FINISHED", "DIVERGED": "KILLED", "PRUNED": "KILLED", "FAILED": "FAILED"}
+    for trial, state in zip(run.plan.trials, ends, strict=True):
+        run.end(run.start(fingerprint=trial.fingerprint), state, end_step=5)
+    send()
+    shown = [child(client, run, trial.fingerprint) for trial in run.plan.trials]
+    assert [one.info.status for one in shown] == list(ends.values())
+    assert [one.data.tags["state"] for one in shown] == list(ends)
+    assert shown[1].data.tags["end_step"] == "5"
+
+
+def test_a_trial_that_waits_has_no_run_and_one_that_runs_is_running(run, send, client):
+    run.start()
+    send()
+    assert [row.mlflow_run_id is None for row in run.store.trials(run.sweep_id)] == [False, True, True, True]
+    assert child(client, run).info.status == "RUNNING"
+
+
+def test_a_missing_number_is_not_sent(run, send, client):
+    attempt = run.start()
+    lost = steps(1, 1)[0].model_copy(update={"loss_nats": None, "gradient_norm": None, "nonfinite": True})
+    run.store.record(run.lease, attempt, [lost, *steps(2, 3)])
+    send()
+    assert [step for step, _ in history(client, run, "loss_nats")] == [2, 3]
+    assert [step for step, _ in history(client, run, "lr")] == [1, 2, 3]
+
+
+# Repeated, resumed, rerun
+
+
+def test_with_nothing_new_mlflow_is_not_touched(run, send, monkeypatch):
+    run.complete(run.fingerprint, 2.5)
+    send()
+    monkeypatch.setattr(mirror_module, "open_client", lambda uri: pytest.fail("MLflow was opened"))
+    assert (send().num_trials, send().num_points) == (0, 0)
+
+
+def test_only_what_is_new_is_sent(run, send, client):
+    attempt = run.start()
+    run.store.record(run.lease, attempt, steps(1, 5))
+    assert send().num_points == 6 * 5
+    run.store.record(run.lease, attempt, [*steps(6, 7), validation(7, 2.8)])
+    assert send().num_points == 6 * 2 + 4
+    assert [step for step, _ in history(client, run, "loss_nats")] == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_steps_that_a_resumed_attempt_repeats_are_sent_once(run, send, client):
+    first = run.start()
+    run.store.record(run.lease, first, [*steps(1, 10), validation(10, 2.9), *steps(11, 12)])
+    send()
+    run.end(first, "WAITING", cause="killed")
+    second = run.start(resume_step=8, resumed_from=first.number)
+    run.store.record(run.lease, second, [*steps(9, 10), validation(10, 2.9), *steps(11, 11)])
+    send()
+    run.store.record(run.lease, second, steps(12, 14))
+    send()
+    assert [step for step, _ in history(client, run, "loss_nats")] == list(range(1, 15))
+    assert history(client, run, "validation_loss_nats") == [(10, 2.9)]
+    assert child(client, run).data.tags["attempts"] == "2"
+
+
+def test_a_rerun_goes_on_in_the_same_run(run, send, client):
+    first = run.start()
+    run.store.record(run.lease, first, steps(1, 4))
+    run.end(first, "FAILED", cause="out_of_memory")
+    send()
+    run_id = run.trial().mlflow_run_id
+    run.store.reopen(run.sweep_id, [run.fingerprint])
+    send()
+    assert (child(client, run).info.status, child(client, run).data.tags["cause"]) == ("RUNNING", "")
+    run.complete(run.fingerprint, 2.5)
+    send()
+    assert run.trial().mlflow_run_id == run_id
+    assert (child(client, run).info.status, child(client, run).data.tags["attempts"]) == ("FINISHED", "2")
+
+
+def test_two_sweeps_that_share_a_trial_both_show_it(run, send, client, uri):
+    run.complete(run.fingerprint, 2.5)
+    send()
+    other = run.store.add(a_plan(name="other", lrs=(1e-3,), arms=("baseline",))).sweep_id
+    mirror(run.store, other, uri)
+    (row,) = run.store.trials(other)
+    assert row.mlflow_run_id != run.trial().mlflow_run_id
+    assert client.get_run(row.mlflow_run_id).data.tags["gatesweep.sweep"] == "other"
+
+
+# Killed, lost, rebuilt
+
+
+class Killed(BaseException):
+    """Not an Exception: nothing may catch it."""
+
+
+class Mortal:
+    """Lets calls through until ``lives`` of them are used up, and dies once the last one has been done."""
+
+    def __init__(self, inner: Any, lives: list[int]) -> None:
+        self._inner, self._lives = inner, lives
+
+    def __getattr__(self, name: str) -> Any:
+        inner = getattr(self._inner, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            result = inner(*args, **kwargs)
+            if not name.startswith(("get_", "search_", "trials", "sweeps", "attempts", "curve", "mirror_cursor")):
+                self._lives[0] -= 1
+                if self._lives[0] == 0:
+                    raise Killed
+            return result
+
+        return call
+
+
+def test_killed_after_any_write_the_next_pass_makes_it_whole(run, uri, mlflow_home, client, monkeypatch):
+    run.complete(run.fingerprint, 2.5)
+    lives = [0]
+    monkeypatch.setattr(mirror_module, "open_client", lambda uri: Mortal(open_client(uri), lives))
+    monkeypatch.setattr(mirror_module, "_METRICS_PER_BATCH", 60)
+    store: Any = Mortal(run.store, lives)
+    deaths = 0
+    for attempt in range(100):
+        lives[0] = 3 + attempt % 3  # opening the sweep takes two writes, and the longest unit of work three
+        try:
+            mirror(store, run.sweep_id, uri, f"file://{mlflow_home}/artifacts")
+            break
+        except Killed:
+            deaths += 1
+    assert 10 < deaths < 99
+    experiment = client.get_experiment_by_name("gatesweep").experiment_id
+    found = client.search_runs(
+        [experiment], f"tags.`gatesweep.key` = '{run_content.sweep_key(run.store.sweep('quick'))}'"
+    )
+    assert sorted(one.data.tags["gatesweep.kind"] for one in found) == ["sweep", "trial"], "no run is made twice"
+    assert history(client, run, "loss_nats") == [(step, 3.0) for step in range(1, STEPS + 1)], "no point is doubled"
+    assert child(client, run).info.status == "FINISHED"
+    assert {file.path for file in client.list_artifacts(run.trial().mlflow_run_id)} == {"config.json", "loss.png"}
+
+
+def test_a_run_deleted_in_the_ui_is_made_anew_when_there_is_news(run, send, client):
+    attempt = run.start()
+    run.store.record(run.lease, attempt, steps(1, 5))
+    send()
+    before = run.trial().mlflow_run_id
+    client.delete_run(before)
+    run.store.record(run.lease, attempt, steps(6, 7))
+    send()
+    assert run.trial().mlflow_run_id != before
+    assert [step for step, _ in history(client, run, "loss_nats")] == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_a_rebuild_fills_an_emptied_mlflow(run, send, client):
+    run.complete(run.fingerprint, 2.5)
+    send()
+    before = {run.trial().mlflow_run_id, run.store.sweep("quick").mlflow_run_id}
+    for run_id in before:
+        client.delete_run(run_id)
+    assert send().num_trials == 0, "a deletion is respected until a rebuild is asked for"
+    assert send(rebuild=True).num_trials == 1
+    assert before.isdisjoint({run.trial().mlflow_run_id, run.store.sweep("quick").mlflow_run_id})
+    assert history(client, run, "loss_nats") == [(step, 3.0) for step in range(1, STEPS + 1)]
+
+
+def test_another_tracking_uri_gets_everything(run, send, uri, client):
+    run.complete(run.fingerprint, 2.5)
+    send()
+    elsewhere = uri + "?timeout=20"
+    assert mirror(run.store, run.sweep_id, elsewhere).num_points == 6 * STEPS + 4
+    assert history(client, run, "loss_nats") == [(step, 3.0) for step in range(1, STEPS + 1)], "the same database"
+
+
+# Outages
+
+
+def test_a_dead_server_is_a_short_clear_error(run, monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "3")
+    run.complete(run.fingerprint, 2.5)
+    with pytest.raises(TrackingError, match=r"MLflow at http://me:\*\*\*@127\.0\.0\.1:\d+ can't be written") as raised:
+        mirror(run.store, run.sweep_id, f"http://me:secret@127.0.0.1:{free_port()}")
+    assert "secret" not in str(raised.value)
+    assert run.trial().mlflow_run_id is None
+
+
+def test_after_an_outage_the_mirror_catches_up_and_tells_once(run, uri, mlflow_home, client, monkeypatch):
+    down, clock = [True], [0.0]
+
+    def opened(uri: str) -> Any:
+        if down[0]:
+            raise ConnectionError("refused")
+        return open_client(uri)
+
+    monkeypatch.setattr(mirror_module, "open_client", opened)
+    tracking = Mirror(
+        run.store, run.sweep_id, uri, f"file://{mlflow_home}/artifacts", interval_seconds=1.0, clock=lambda: clock[0]
+    )
+    run.complete(run.fingerprint, 2.5)
+    for clock[0] in (0.0, 10.0, 20.0):
+        tracking.step()
+    assert [event.kind for event in run.store.events(run.sweep_id)] == ["tracking_down"]
+    down[0], clock[0] = False, 1000.0
+    tracking.step()
+    assert [event.kind for event in run.store.events(run.sweep_id)] == ["tracking_down", "tracking_back"]
+    assert child(client, run).info.status == "FINISHED"
+    assert len(history(client, run, "loss_nats")) == STEPS
+
+
+def test_a_dead_server_does_not_hold_the_sweep_and_the_next_run_catches_up(run, uri, mlflow_home, client):
+    tracking = Mirror(run.store, run.sweep_id, f"http://127.0.0.1:{free_port()}", interval_seconds=0.01)
+    tracking.start()
+    run.complete(run.fingerprint, 2.5)
+    tracking.nudge()
+    assert not tracking.close(30.0)
+    assert run.trial().state == "COMPLETE"
+    assert [event.kind for event in run.store.events(run.sweep_id)] == ["tracking_down"]
+    again = Mirror(run.store, run.sweep_id, uri, f"file://{mlflow_home}/artifacts")
+    again.start()
+    assert again.close(60.0)
+    assert child(client, run).info.status == "FINISHED"
+
+
+def test_the_pause_grows_and_one_mirrors_outage_is_not_anothers(run, uri):
+    clock, failed_at, num_updates = [0.0], [], [0]
+
+    def broken() -> None:
+        failed_at.append(clock[0])
+        raise OSError("no")
+
+    def fine() -> None:
+        num_updates[0] += 1
+
+    also = {"optuna": broken, "other": fine}
+    tracking = Mirror(run.store, run.sweep_id, uri, also=also, interval_seconds=1.0, clock=lambda: clock[0])
+    for second in range(32):
+        clock[0] = float(second)
+        tracking.step()
+    assert failed_at == [0.0, 2.0, 6.0, 14.0, 30.0]
+    assert num_updates == [32]
+    (event,) = run.store.events(run.sweep_id)
+    assert event.message == "optuna is not reached; the sweep runs on: no"
+
+
+def test_closing_is_bounded_though_a_server_hangs(run, uri):
+    hanging, released = threading.Event(), threading.Event()
+
+    def hang() -> None:
+        hanging.set()
+        released.wait(30)
+
+    tracking = Mirror(run.store, run.sweep_id, uri, also={"slow": hang}, interval_seconds=0.01)
+    tracking.start()
+    assert hanging.wait(30)
+    assert not tracking.close(0.01)
+    released.set()
+
+
+def test_a_pass_that_is_out_of_time_stops_and_is_finished_by_the_next(run, send, client):
+    run.complete(run.fingerprint, 2.5)
+    with pytest.raises(OutOfTime):
+        send(out_of_time=lambda: True)
+    send()
+    assert len(history(client, run, "loss_nats")) == STEPS
+
+
+# Points
+
+
+def rows(first: int, last: int, attempt: int = 1, tokens_per_second: float = 300.0) -> tuple[StepRow, ...]:
+    return tuple(
+        StepRow(attempt, step, step * 256, step / STEPS, 1e-3, 3.0, 1.0, tokens_per_second, False)
+        for step in range(first, last + 1)
+    )
+
+
+def test_points_do_not_depend_on_how_the_curve_is_cut():
+    config = a_plan().trials[0].config
+    started = {1: 1_000_000, 2: 2_000_000}
+    curve = [*rows(1, 8), *rows(9, STEPS, attempt=2)]
+    (whole,) = run_content.packets(Curve(tuple(curve), ()), config, started, {}, 1000)
+    cut, cursor = [], {}
+    for start in range(0, STEPS, 3):
+        part = Curve(tuple(curve[start : start + 3]), ())
+        (packet,) = run_content.packets(part, config, started, cursor, 1000)
+        cut += packet.points
+        cursor = packet.cursor
+    assert cut == whole.points
+    assert cursor == whole.cursor
+    times = {point.step: point.timestamp_ms for point in whole.points if point.key == "loss_nats"}
+    assert times[1] == 1_000_000 + round(256 / 300 * 1000)
+    assert times[9] == 2_000_000 + round(256 / 300 * 1000)
+
+
+def test_no_packet_is_larger_than_mlflow_takes():
+    config = a_plan().trials[0].config
+    found = run_content.packets(Curve(rows(1, STEPS), ()), config, {}, {}, 50)
+    assert max(len(packet.points) for packet in found) <= 50
+    assert sum(len(packet.points) for packet in found) == 6 * STEPS
+    assert [packet.cursor["step"] for packet in found] == [8, 16, 20]
+
+
+def test_a_long_trial_is_thinned_but_its_first_and_last_step_are_shown(monkeypatch):
+    monkeypatch.setattr(run_content, "STEPS_PER_TRIAL", 7)
+    (packet,) = run_content.packets(Curve(rows(1, STEPS), ()), a_plan().trials[0].config, {}, {}, 1000)
+    assert [point.step for point in packet.points if point.key == "lr"] == [1, 3, 6, 9, 12, 15, 18, 20]
+    assert packet.cursor["step"] == STEPS
+
+
+def test_long_values_are_cut_to_what_mlflow_takes(run):
+    run.end(run.start(), "FAILED", cause="error")
+    sweep = run.store.sweep("quick")
+    tags = run_content.trial_tags(sweep, replace(run.trial(), reason="x" * 100_000))
+    assert max(len(value) for value in tags.values()) == run_content.MAX_VALUE_LENGTH
+
+
+# Start-up and the UI
+
+
+def test_importing_tracking_does_not_import_mlflow():
+    code = "import sys, orchestrator.tracking; print([m for m in ('mlflow', 'matplotlib') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_ui_is_started_on_the_right_back_end():
+    command = ui_command("sqlite:////home/runs/mlflow.db", "/home/runs/mlartifacts", 5005)
+    assert command[:4] == [sys.executable, "-m", "mlflow", "ui"]
+    assert command[command.index("--backend-store-uri") + 1] == "sqlite:////home/runs/mlflow.db"
+    assert command[command.index("--default-artifact-root") + 1] == "/home/runs/mlartifacts"
+    assert command[command.index("--host") + 1] == "127.0.0.1"
+    assert command[command.index("--port") + 1] == "5005"
+
+
+def test_a_tracking_server_serves_its_own_ui():
+    assert is_server("https://tracking.example")
+    assert not is_server("sqlite:///mlflow.db")
+    with pytest.raises(ValueError, match=r"http://x:5000 is a tracking server and serves its own UI"):
+        ui_command("http://x:5000", "", 5005)
+
+
+def test_a_password_in_a_uri_is_not_shown():
+    assert without_password("postgresql://me:secret@host/db") == "postgresql://me:***@host/db"
+    assert without_password("http://host:5000/a@b") == "http://host:5000/a@b"
