@@ -15,15 +15,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from megatron.core.tensor_parallel import (
-    ColumnParallelLinear,
-    copy_to_tensor_model_parallel_region,
-    reduce_from_tensor_model_parallel_region,
-)
+from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
 
 from models import gates
 from models.config import GateConfig
@@ -177,8 +174,8 @@ class GatedSelfAttention(SelfAttention):  # type: ignore[misc]
         total = scores_SBHD.sum(dim=2, keepdim=True)
         num_heads = scores_SBHD.shape[2] * self.world_size
         if self.world_size > 1:
-            group = self.pg_collection.tp
-            total = copy_to_tensor_model_parallel_region(reduce_from_tensor_model_parallel_region(total, group), group)
+            # Not Megatron's pair of mappings: they leave a non-contiguous tensor or gradient unreduced, silently.
+            total = all_reduce(total, group=self.pg_collection.tp)  # type: ignore[no-untyped-call]
         mean: Tensor = total / num_heads
         return mean
 

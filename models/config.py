@@ -96,8 +96,8 @@ class GateConfig(Frozen):
                 raise ValueError("a headwise gate before QK-norm is cancelled by the norm; use qk_order after_norm")
         if self.init == "open" and self.activation not in ("sigmoid", "ns_sigmoid"):
             raise ValueError(f"init open needs activation sigmoid or ns_sigmoid, not {self.activation}")
-        if self.init == "open" and self.input != "hidden":
-            raise ValueError(f"init open needs input hidden, not {self.input}")
+        if self.init != "normal" and self.input == "none":
+            raise ValueError(f"init {self.init} needs input hidden: a gate with input none starts at zero logits")
         if self.shared_average == "logits" and self.sharing != "head_shared":
             raise ValueError("shared_average logits needs sharing head_shared")
         if self.input == "constant":
@@ -155,8 +155,8 @@ class TrainConfig(Frozen):
     decay_fraction: Fraction = 0.2
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
     """Never applied to norms, biases and input-independent gates."""
-    beta1: Fraction = 0.9
-    beta2: Fraction = 0.95
+    beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.95
     epsilon: Positive = 1e-8
     clip_gradient_norm: Positive = 1.0
 
@@ -182,7 +182,8 @@ class TrialConfig(Frozen):
     data: DataConfig = DataConfig()
     train: TrainConfig
     precision: Literal["fp32", "bf16"] = "fp32"
-    seed: Integer
+    seed: Annotated[int, BeforeValidator(_integral), Field(ge=0, lt=2**32)]
+    """What NumPy's generator takes: Megatron shuffles the samples with it."""
 
     @model_validator(mode="after")
     def _batch_holds_sequences(self) -> TrialConfig:
@@ -191,6 +192,12 @@ class TrialConfig(Frozen):
                 f"train.batch_tokens {self.train.batch_tokens:,} must be a multiple of "
                 f"data.sequence_length {self.data.sequence_length:,}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _norm_for_order(self) -> TrialConfig:
+        if self.gate is not None and self.gate.qk_order == "before_norm" and not self.model.qk_norm:
+            raise ValueError("gate.qk_order before_norm needs model.qk_norm true: without the norm there is one place")
         return self
 
     @property
@@ -203,17 +210,25 @@ class TrialConfig(Frozen):
         return tuple(sorted({max(1, round(steps * i / points)) for i in range(1, points + 1)}))
 
     def canonical_json(self) -> str:
-        """What the fingerprint covers: hashes stand for the files, so a moved corpus is the same trial."""
+        """What the fingerprint covers: hashes stand for the files, so a moved corpus is the same trial.
+
+        What is absent or off is left out, so that a mechanism that is added later changes no earlier fingerprint.
+        """
         content = self.model_dump(mode="json")
         if self.data.corpus_sha256:
             del content["data"]["corpus"]
         if self.data.tokenizer_sha256:
             del content["data"]["tokenizer"]
-        return json.dumps({"numerics": NUMERICS, **content}, sort_keys=True, separators=(",", ":"))
+        return json.dumps(_without_absent({"numerics": NUMERICS, **content}), sort_keys=True, separators=(",", ":"))
 
     def fingerprint(self) -> str:
         """16 hexadecimal digits, equal for equal trials on every machine."""
         return hashlib.sha256(self.canonical_json().encode()).hexdigest()[:16]
+
+
+def _without_absent(content: dict[str, Any]) -> dict[str, Any]:
+    kept = {key: _without_absent(value) if isinstance(value, dict) else value for key, value in content.items()}
+    return {key: value for key, value in kept.items() if value is not None and value is not False and value != []}
 
 
 class Layout(Frozen):

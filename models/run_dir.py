@@ -80,7 +80,7 @@ class AttemptSpec(_Line):
     resume_checkpoint: str | None = None
     resume_step: int = 0
     checkpoint_every_steps: int | None = None
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = Field(default=2, ge=1)
     threads_per_rank: int = 1
 
     @property
@@ -170,7 +170,7 @@ def checkpoint_path(attempt_dir: Path, step: int) -> Path:
 def complete_checkpoints(attempt_dir: Path) -> Iterator[tuple[int, Path]]:
     """(step, path) of the attempt's complete checkpoints, newest first."""
     folder = attempt_dir / "checkpoints"
-    paths = sorted(folder.glob("step_*"), reverse=True) if folder.exists() else []
+    paths = sorted(folder.glob("step_" + "[0-9]" * 8), reverse=True) if folder.exists() else []
     for path in paths:
         yield int(path.name.removeprefix("step_")), path
 

@@ -170,6 +170,7 @@ def test_only_what_is_new_is_sent(run, send, client):
     assert send().num_points == 6 * 5
     run.store.record(run.lease, attempt, [*steps(6, 7), validation(7, 2.8)])
     assert send().num_points == 6 * 2 + 4
+    assert send().num_points == 0
     assert [step for step, _ in history(client, run, "loss_nats")] == [1, 2, 3, 4, 5, 6, 7]
 
 
@@ -247,14 +248,14 @@ def test_killed_after_any_write_the_next_pass_makes_it_whole(run, uri, mlflow_ho
     monkeypatch.setattr(mirror_module, "_METRICS_PER_BATCH", 60)
     store: Any = Mortal(run.store, lives)
     deaths = 0
-    for attempt in range(100):
-        lives[0] = 3 + attempt % 3  # opening the sweep takes two writes, and the longest unit of work three
+    # Opening the sweep anew takes two writes, and the longest unit of work three more.
+    for lives[0] in (1, 3, *((3, 4, 5) * 30)):
         try:
             mirror(store, run.sweep_id, uri, f"file://{mlflow_home}/artifacts")
             break
         except Killed:
             deaths += 1
-    assert 10 < deaths < 99
+    assert 10 < deaths < 92
     experiment = client.get_experiment_by_name("gatesweep").experiment_id
     found = client.search_runs(
         [experiment], f"tags.`gatesweep.key` = '{run_content.sweep_key(run.store.sweep('quick'))}'"
@@ -303,7 +304,9 @@ def test_another_tracking_uri_gets_everything(run, send, uri, client):
 def test_a_dead_server_is_a_short_clear_error(run, monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "3")
     run.complete(run.fingerprint, 2.5)
-    with pytest.raises(TrackingError, match=r"MLflow at http://me:\*\*\*@127\.0\.0\.1:\d+ can't be written") as raised:
+    with pytest.raises(
+        TrackingError, match=r"MLflow at http://me:\*\*\*@127\.0\.0\.1:\d+ can't be written: .*refused"
+    ) as raised:
         mirror(run.store, run.sweep_id, f"http://me:secret@127.0.0.1:{free_port()}")
     assert "secret" not in str(raised.value)
     assert run.trial().mlflow_run_id is None

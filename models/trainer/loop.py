@@ -55,13 +55,15 @@ class _Attempt:
 
     def __init__(self, spec: AttemptSpec, world: World, journal: Journal) -> None:
         self.spec, self.world, self.journal = spec, world, journal
-        self.trial: TrialConfig = run_dir.read_trial_config(Path(spec.trial_dir))
+        self.trial: TrialConfig
         self.started = time.monotonic()
         self.step = spec.resume_step
         self.training_seconds = 0.0
+        self.training_tokens = 0
         self.num_parameters: int | None = None
 
     def run(self, should_stop: Callable[[], bool]) -> Any:
+        self.trial = run_dir.read_trial_config(Path(self.spec.trial_dir))
         self._build()
         train = self.trial.train
         validation_steps = set(self.trial.validation_steps())
@@ -73,11 +75,11 @@ class _Attempt:
             done = self.step == train.num_steps
             if done:
                 break
-            if self._checkpoint_is_due():
+            stop = self.world.agree(should_stop)
+            if stop or self._checkpoint_is_due():
                 self._save()
-            if self.world.agree(should_stop):
+            if stop:
                 log.info("told to stop after step %d", self.step)
-                self._save()
                 return "stopped"
         if self.trial.data.validation.full_at_end:
             self.journal.write(self.evaluator.measure(self.step, "full"))
@@ -133,6 +135,7 @@ class _Attempt:
         norm = update(self.optimizer, lr, train.clip_gradient_norm) if math.isfinite(loss) else math.nan
         seconds = time.perf_counter() - started
         self.training_seconds += seconds
+        self.training_tokens += train.batch_tokens
         finite = math.isfinite(loss) and math.isfinite(norm)
         self.journal.write(
             StepRecord(
@@ -162,13 +165,12 @@ class _Attempt:
             checkpoint.save(self.spec.attempt_dir, self.step, self.model, self.optimizer, self.spec.keep_checkpoints)
 
     def summary(self, outcome: Any, error: str | None) -> Summary:
-        num_tokens = (self.step - self.spec.resume_step) * self.trial.train.batch_tokens
         return Summary(
             outcome=outcome,
             step=self.step,
             resume_step=self.spec.resume_step,
             seconds=time.monotonic() - self.started,
-            tokens_per_second=num_tokens / self.training_seconds if self.training_seconds else None,
+            tokens_per_second=self.training_tokens / self.training_seconds if self.training_seconds else None,
             peak_memory_bytes=devices.peak_memory_bytes(self.world.device),
             num_parameters=self.num_parameters,
             error=error,
@@ -182,6 +184,7 @@ def _forward_step(batches: Iterator[dict[str, torch.Tensor]], model: torch.nn.Mo
 
     def mean_loss(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         loss = (losses.float() * batch["loss_mask"]).sum() / batch["loss_mask"].sum()
-        return loss, loss.detach()
+        # A copy: Megatron divides the loss by the number of micro-batches in place.
+        return loss, loss.detach().clone()
 
     return losses, mean_loss

@@ -18,6 +18,8 @@ from models.config import TrialConfig
 def wrap(trial: TrialConfig, model: GPTModel, device: str) -> tuple[DistributedDataParallel, Any]:
     """The model in Megatron's DDP, and its optimizer: the distributed one on CUDA, the plain one on CPU."""
     on_cuda = device == "cuda"
+    if trial.precision == "bf16" and not on_cuda:
+        raise ValueError("precision bf16 needs a CUDA device: Megatron's optimizer for it takes no CPU tensors")
     model.config.finalize_model_grads_func = finalize_model_grads
     ddp = DistributedDataParallel(
         config=model.config,
@@ -46,6 +48,9 @@ def wrap(trial: TrialConfig, model: GPTModel, device: str) -> tuple[DistributedD
         predicate=ParamPredicate("one_dimensional", lambda parameter: parameter.ndim == 1),
     )
     optimizer = get_megatron_optimizer(config, [ddp], config_overrides={without_decay: {"wd_mult": 0.0}})
+    # Megatron leaves the multiplier to its own scheduler, which is not used here.
+    for group in optimizer.param_groups:
+        group["weight_decay"] = train.weight_decay * group["wd_mult"]
     return ddp, optimizer
 
 

@@ -112,7 +112,7 @@ class Mirror:
         target.num_failures, target.not_before = 0, 0.0
 
     def _tell(self, kind: str, message: str) -> None:
-        _LOG.warning(message)
+        _LOG.info(message)
         try:
             self._store.add_event(self._sweep_id, kind, message)
         except Exception as error:

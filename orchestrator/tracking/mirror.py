@@ -65,9 +65,16 @@ def mirror(
     except OutOfTime:
         raise
     except Exception as error:
-        place = without_password(tracking_uri)
-        message = without_password(str(error)).partition("\n")[0]
-        raise TrackingError(f"MLflow at {place} can't be written: {type(error).__name__}: {message}") from error
+        cause = _root_cause(error)
+        reason = without_password(f"{type(cause).__name__}: {cause}").partition("\n")[0]
+        raise TrackingError(f"MLflow at {without_password(tracking_uri)} can't be written: {reason[:500]}") from error
+
+
+def _root_cause(error: BaseException) -> BaseException:
+    """Below MLflow's and urllib3's wrappings: "Connection refused" says it best."""
+    while (inner := error.__cause__ or error.__context__) is not None:
+        error = inner
+    return error
 
 
 class _Pass:

@@ -1,0 +1,256 @@
+"""Killed and resumed equals undisturbed, bit for bit; a checkpoint that has its name is whole."""
+
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ranks
+from small_trials import corpus_trial, metrics, new_attempt, summary_of, write_corpus
+
+from models import run_dir
+from models.config import GateConfig, Layout
+
+STEPS = 6
+
+GATES = {
+    "baseline": None,
+    "sdpa": GateConfig(position="sdpa"),
+    "sdpa-shared": GateConfig(position="sdpa", sharing="head_shared"),
+    "value-headwise": GateConfig(position="value", granularity="headwise"),
+    "key": GateConfig(position="key"),
+    "query": GateConfig(position="query"),
+    "dense": GateConfig(position="dense"),
+    "sdpa-none": GateConfig(position="sdpa", input="none"),
+    "value-none": GateConfig(position="value", input="none", granularity="headwise"),
+    "dense-none": GateConfig(position="dense", input="none"),
+    "constant": GateConfig(position="sdpa", input="constant", scale=0.5),
+}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "corpus.jsonl")
+
+
+def stop_after(num_steps):
+    """``should_stop`` that says yes when it is asked for the ``num_steps``-th time."""
+    asked = []
+    return lambda: asked.append(None) or len(asked) == num_steps
+
+
+def tensors(checkpoint):
+    """Every tensor in a checkpoint by its path: weights and the optimizer's moments."""
+    from megatron.core import dist_checkpointing
+
+    return dict(flat(dist_checkpointing.load_plain_tensors(str(checkpoint))))
+
+
+def flat(content, path=""):
+    if hasattr(content, "numpy"):
+        yield path, content.numpy()
+    elif isinstance(content, dict | list):
+        for key, value in content.items() if isinstance(content, dict) else enumerate(content):
+            yield from flat(value, f"{path}.{key}")
+
+
+def assert_same_tensors(ours, theirs):
+    ours, theirs = tensors(ours), tensors(theirs)
+    assert ours.keys() == theirs.keys()
+    assert len(ours) > 30
+    assert any("exp_avg_sq" in name for name in ours)
+    for name, tensor in ours.items():
+        np.testing.assert_array_equal(tensor, theirs[name], err_msg=name)
+
+
+def resumed(home, trial, world, step, **spec):
+    """A second attempt, from the first one's checkpoint of ``step`` to the end."""
+    from models.trainer import train
+
+    checkpoint = run_dir.checkpoint_path(new_attempt(home, trial).attempt_dir, step)
+    second = new_attempt(home, trial, 2, resume_checkpoint=str(checkpoint), resume_step=step, **spec)
+    assert train(second, world).outcome == "complete"
+    return second
+
+
+@pytest.mark.parametrize("kind", GATES)
+def test_resumed_is_undisturbed_bit_for_bit(world, corpus, tmp_path, kind):
+    """Metrics, and at the step before the last the weights and moments too. The process is warm: others ran in it."""
+    from models.trainer import train
+
+    trial, last = corpus_trial(corpus, GATES[kind], STEPS), STEPS - 1
+    whole = new_attempt(tmp_path / "whole", trial, checkpoint_every_steps=last)
+    killed = new_attempt(tmp_path / "killed", trial, checkpoint_every_steps=3)
+    assert train(whole, world).outcome == "complete"
+    with pytest.raises(KeyboardInterrupt):
+        train(killed, world, die_after(4))
+    assert [step for step, _ in run_dir.complete_checkpoints(killed.attempt_dir)] == [3]
+    assert run_dir.read_summary(killed.attempt_dir) is None
+    again = resumed(tmp_path / "killed", trial, world, 3, checkpoint_every_steps=last)
+    expected = metrics(whole)
+    assert metrics(killed) == [record for record in expected if record["step"] <= 4]
+    assert metrics(again) == [record for record in expected if record["step"] > 3]
+    assert_same_tensors(*(run_dir.checkpoint_path(spec.attempt_dir, last) for spec in (whole, again)))
+
+
+@pytest.mark.parametrize("step", [1, 2, 4, 5])
+def test_any_step_can_be_resumed(world, corpus, tmp_path, step):
+    """Before, at and after a validation (step 3), and with nothing but the last step left."""
+    from models.trainer import train
+
+    trial = corpus_trial(corpus, GATES["sdpa-none"], STEPS)
+    whole = new_attempt(tmp_path / "whole", trial)
+    train(whole, world)
+    train(new_attempt(tmp_path / "stopped", trial), world, stop_after(step))
+    again = resumed(tmp_path / "stopped", trial, world, step)
+    assert metrics(again) == [record for record in metrics(whole) if record["step"] > step]
+    assert summary_of(again).resume_step == step
+
+
+def die_after(num_steps, end=None):
+    """``should_stop`` that ends the process's work, when it is asked for the ``num_steps``-th time."""
+    asked = []
+
+    def should_stop():
+        asked.append(None)
+        if len(asked) == num_steps:
+            if end:
+                end()
+            raise KeyboardInterrupt
+        return False
+
+    return should_stop
+
+
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def killed_by_a_signal(rank, folder, home, trial):
+    from models.trainer import World, train
+
+    spec = new_attempt(home, trial, checkpoint_every_steps=2)
+    train(spec, World.join(rank, Layout(), "cpu", f"file://{folder}/meet"), die_after(5, kill))
+
+
+def test_a_cold_process_killed_and_a_warm_one_that_goes_on_are_an_undisturbed_run(world, corpus, tmp_path):
+    from models.trainer import train
+
+    trial = corpus_trial(corpus, GATES["sdpa"], STEPS)
+    _, codes, logs = ranks.outcomes(killed_by_a_signal, 1, tmp_path / "killed", trial)
+    assert codes == [-signal.SIGKILL], logs[0][-4000:]
+    first = new_attempt(tmp_path / "killed", trial)
+    assert [step for step, _ in run_dir.complete_checkpoints(first.attempt_dir)] == [4, 2]
+    second = resumed(tmp_path / "killed", trial, world, 4)
+    undisturbed = new_attempt(tmp_path / "whole", trial)
+    train(undisturbed, world)
+    joined = [record for record in metrics(first) if record["step"] <= 4] + metrics(second)
+    assert joined == metrics(undisturbed)
+
+
+# -- folders --------------------------------------------------------------------------------------------------
+
+
+def test_a_stop_leaves_a_checkpoint_of_its_step(world, corpus, tmp_path):
+    from models.trainer import train
+
+    spec = new_attempt(tmp_path, corpus_trial(corpus, steps=STEPS))
+    summary = train(spec, world, stop_after(2))
+    assert (summary.outcome, summary.step) == ("stopped", 2)
+    assert [step for step, _ in run_dir.complete_checkpoints(spec.attempt_dir)] == [2]
+    assert summary_of(spec) == summary
+
+
+def test_a_step_is_saved_once_when_a_stop_and_a_checkpoint_fall_together(world, corpus, tmp_path, monkeypatch):
+    """Saving it again would take away, for a moment, a checkpoint that was already there to be named."""
+    from models import checkpoint
+    from models.trainer import train
+
+    saved = []
+    monkeypatch.setattr(
+        checkpoint, "save", lambda *arguments, save=checkpoint.save: saved.append(arguments[1]) or save(*arguments)
+    )
+    spec = new_attempt(tmp_path, corpus_trial(corpus, steps=STEPS), checkpoint_every_steps=2)
+    assert train(spec, world, stop_after(2)).outcome == "stopped"
+    assert saved == [2]
+
+
+def test_only_the_newest_are_kept(world, corpus, tmp_path):
+    from models.trainer import train
+
+    for keep, expected in ((1, [5]), (3, [5, 4, 3])):
+        spec = new_attempt(
+            tmp_path / str(keep), corpus_trial(corpus, steps=STEPS), checkpoint_every_steps=1, keep_checkpoints=keep
+        )
+        train(spec, world)
+        assert [step for step, _ in run_dir.complete_checkpoints(spec.attempt_dir)] == expected
+        assert len(list((spec.attempt_dir / "checkpoints").iterdir())) == keep
+
+
+def test_a_half_written_folder_is_not_taken_for_a_checkpoint(world, corpus, tmp_path, monkeypatch):
+    """The writer dies inside the checkpoint of step 3: step 2's stands, and the next attempt is not disturbed."""
+    from models import checkpoint
+    from models.trainer import train
+
+    trial = corpus_trial(corpus, steps=STEPS)
+    spec = new_attempt(tmp_path, trial, checkpoint_every_steps=1)
+    written = checkpoint.dist_checkpointing.save
+    calls = []
+
+    def die_in_the_third(state, path, **options):
+        calls.append(path)
+        written(state, path, **options)
+        if len(calls) == 3:
+            next(Path(path).glob("*.distcp")).write_bytes(b"half")
+            raise OSError("No space left on device")
+
+    monkeypatch.setattr(checkpoint.dist_checkpointing, "save", die_in_the_third)
+    with pytest.raises(OSError, match="No space left on device"):
+        train(spec, world)
+    assert len(list((spec.attempt_dir / "checkpoints").iterdir())) == 3
+    assert [step for step, _ in run_dir.complete_checkpoints(spec.attempt_dir)] == [2, 1]
+    assert summary_of(spec).error == "OSError: No space left on device"
+
+
+def test_a_missing_or_wrong_checkpoint_is_named(world, corpus, tmp_path):
+    from models.trainer import train
+
+    trial = corpus_trial(corpus, steps=STEPS)
+    gone = new_attempt(tmp_path, trial, 1, resume_checkpoint=str(tmp_path / "gone"), resume_step=3)
+    with pytest.raises(FileNotFoundError, match=f"checkpoint {tmp_path}/gone does not exist"):
+        train(gone, world)
+    stopped = new_attempt(tmp_path, trial, 2)
+    train(stopped, world, stop_after(2))
+    path = run_dir.checkpoint_path(stopped.attempt_dir, 2)
+    wrong = new_attempt(tmp_path, trial, 3, resume_checkpoint=str(path), resume_step=3)
+    with pytest.raises(RuntimeError, match="holds step 2, expected 3"):
+        train(wrong, world)
+
+
+# -- layouts --------------------------------------------------------------------------------------------------
+
+
+def saved_by_a_rank(rank, folder, home, trials):
+    from models.trainer import World, train
+
+    layout = Layout(tensor=2)
+    world = World.join(rank, layout, "cpu", f"file://{folder}/meet")
+    for trial in trials:
+        train(new_attempt(home, trial, layout=layout), world, stop_after(3))
+
+
+def test_saved_by_two_tensor_parallel_ranks_goes_on_with_one(world, corpus, tmp_path):
+    """Not bit for bit: sums are taken in another order."""
+    from models.trainer import train
+
+    kinds = ("baseline", "sdpa", "value-headwise", "dense", "value-none")
+    trials = [corpus_trial(corpus, GATES[kind], STEPS) for kind in kinds]
+    ranks.run(saved_by_a_rank, 2, tmp_path / "two", trials)
+    for trial in trials:
+        second = resumed(tmp_path / "two", trial, world, 3)
+        undisturbed = new_attempt(tmp_path / "one", trial)
+        train(undisturbed, world)
+        expected = [record["loss_nats"] for record in metrics(undisturbed) if record["step"] > 3]
+        found = [record["loss_nats"] for record in metrics(second)]
+        assert found == pytest.approx(expected, rel=1e-4), trial.gate
