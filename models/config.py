@@ -194,12 +194,6 @@ class TrialConfig(Frozen):
             )
         return self
 
-    @model_validator(mode="after")
-    def _norm_for_order(self) -> TrialConfig:
-        if self.gate is not None and self.gate.qk_order == "before_norm" and not self.model.qk_norm:
-            raise ValueError("gate.qk_order before_norm needs model.qk_norm true: without the norm there is one place")
-        return self
-
     @property
     def batch_sequences(self) -> int:
         return self.train.batch_tokens // self.data.sequence_length

@@ -161,7 +161,7 @@ def test_validation_is_spread_evenly_and_ends_at_the_last_step(points, expected)
     assert trial(data=data).validation_steps() == expected
 
 
-@pytest.mark.parametrize(("steps", "points"), itertools.product((1, 2, 7, 40), (1, 2, 3, 7, 50)))
+@pytest.mark.parametrize(("steps", "points"), list(itertools.product((1, 2, 7, 40), (1, 2, 3, 7, 50))))
 def test_validation_steps_are_steps(steps, points):
     config = trial(
         data=DataConfig(validation=ValidationConfig(points=points)),
