@@ -6,6 +6,8 @@ whole S x S attention square, as PaLM (arXiv 2204.02311, appendix B) and torch's
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from models.config import GateConfig, ModelConfig
 
 
@@ -17,42 +19,60 @@ def gate_score_width(model: ModelConfig, gate: GateConfig) -> int:
     return num_heads * (model.head_dim if gate.granularity == "elementwise" else 1)
 
 
-def gate_parameters(model: ModelConfig, gate: GateConfig | None) -> int:
-    """Parameters that a gate adds to one layer."""
-    if gate is None or gate.input == "constant":
-        return 0
-    width = gate_score_width(model, gate)
-    return width if gate.input == "none" else model.hidden_size * width
+Gates = GateConfig | Sequence[GateConfig] | None
+"""One gate, several, or none."""
 
 
-def _layer_matrix_parameters(model: ModelConfig, gate: GateConfig | None) -> int:
+def _each(gates: Gates) -> Sequence[GateConfig]:
+    if gates is None:
+        return ()
+    return (gates,) if isinstance(gates, GateConfig) else gates
+
+
+def gate_parameters(model: ModelConfig, gates: Gates) -> int:
+    """Parameters that gates add to one layer."""
+    return _gate_matrix_parameters(model, gates) + sum(
+        gate_score_width(model, gate) for gate in _each(gates) if gate.input == "none"
+    )
+
+
+def _gate_matrix_parameters(model: ModelConfig, gates: Gates) -> int:
+    return sum(model.hidden_size * gate_score_width(model, gate) for gate in _each(gates) if gate.input == "hidden")
+
+
+def _layer_matrix_parameters(model: ModelConfig, gates: Gates) -> int:
     hidden = model.hidden_size
     attention_width = model.num_query_heads * model.head_dim
     kv_width = model.num_kv_heads * model.head_dim
     attention = hidden * (attention_width + 2 * kv_width) + attention_width * hidden
-    gate_matrix = gate_parameters(model, gate) if gate is not None and gate.input == "hidden" else 0
-    return attention + gate_matrix + 3 * hidden * model.ffn_size
+    return attention + _gate_matrix_parameters(model, gates) + 3 * hidden * model.ffn_size
 
 
-def parameters(model: ModelConfig, gate: GateConfig | None, vocab_size: int) -> int:
+def _layer_vector_parameters(model: ModelConfig, gates: Gates) -> int:
+    """Norms, sink logits and input-independent gates."""
+    norms = (4 if model.sandwich_norm else 2) * model.hidden_size + (2 * model.head_dim if model.qk_norm else 0)
+    sdpa_norm = model.num_query_heads * model.head_dim if model.sdpa_output == "group_norm" else 0
+    sinks = model.num_query_heads if model.softmax_sink else 0
+    return norms + sdpa_norm + sinks + gate_parameters(model, gates) - _gate_matrix_parameters(model, gates)
+
+
+def parameters(model: ModelConfig, gates: Gates, vocab_size: int) -> int:
     """All trainable parameters, embeddings included (tied ones once)."""
-    norms = 2 * model.hidden_size + (2 * model.head_dim if model.qk_norm else 0)
-    vector_gate = gate_parameters(model, gate) if gate is not None and gate.input == "none" else 0
-    layer = _layer_matrix_parameters(model, gate) + norms + vector_gate
+    layer = _layer_matrix_parameters(model, gates) + _layer_vector_parameters(model, gates)
     embeddings = vocab_size * model.hidden_size * (1 if model.tied_embeddings else 2)
     return embeddings + model.num_layers * layer + model.hidden_size
 
 
-def forward_flops_per_token(model: ModelConfig, gate: GateConfig | None, vocab_size: int, sequence_length: int) -> int:
+def forward_flops_per_token(model: ModelConfig, gates: Gates, vocab_size: int, sequence_length: int) -> int:
     """Matrix-multiply FLOPs of one token's forward pass, output layer and attention included."""
     attention_width = model.num_query_heads * model.head_dim
-    layer = 2 * _layer_matrix_parameters(model, gate) + 4 * sequence_length * attention_width
+    layer = 2 * _layer_matrix_parameters(model, gates) + 4 * sequence_length * attention_width
     return model.num_layers * layer + 2 * vocab_size * model.hidden_size
 
 
-def training_flops_per_token(model: ModelConfig, gate: GateConfig | None, vocab_size: int, sequence_length: int) -> int:
+def training_flops_per_token(model: ModelConfig, gates: Gates, vocab_size: int, sequence_length: int) -> int:
     """Forward and backward: the backward pass costs two forward passes."""
-    return 3 * forward_flops_per_token(model, gate, vocab_size, sequence_length)
+    return 3 * forward_flops_per_token(model, gates, vocab_size, sequence_length)
 
 
 def default_ffn_multiple(model: ModelConfig) -> int:
@@ -60,19 +80,18 @@ def default_ffn_multiple(model: ModelConfig) -> int:
     return 128 if model.hidden_size >= 1024 else 2
 
 
-def match_ffn_size(model: ModelConfig, gate: GateConfig | None, multiple: int) -> int:
+def match_ffn_size(model: ModelConfig, gates: Gates, multiple: int) -> int:
     """FFN width at which a gated model has its ungated twin's parameters, to the nearest ``multiple``.
 
     Raises ValueError when nothing would be left of the FFN.
     """
-    removed = gate_parameters(model, gate) / (3 * model.hidden_size)
+    removed = gate_parameters(model, gates) / (3 * model.hidden_size)
     width = round((model.ffn_size - removed) / multiple) * multiple
     if width < multiple:
-        raise ValueError(f"the gate's {gate_parameters(model, gate):,} parameters a layer exceed the FFN's")
+        raise ValueError(f"the gate's {gate_parameters(model, gates):,} parameters a layer exceed the FFN's")
     return model.ffn_size if removed == 0 else width
 
 
-def match_ffn_size_for_flops(model: ModelConfig, gate: GateConfig | None, multiple: int) -> int:
+def match_ffn_size_for_flops(model: ModelConfig, gates: Gates, multiple: int) -> int:
     """FFN width at which a gated model costs its ungated twin's FLOPs: an input-independent gate costs none."""
-    costs_flops = gate is not None and gate.input == "hidden"
-    return match_ffn_size(model, gate if costs_flops else None, multiple)
+    return match_ffn_size(model, [gate for gate in _each(gates) if gate.input == "hidden"], multiple)

@@ -1,17 +1,18 @@
-"""Megatron's self-attention with a gate at one of five places.
+"""Megatron's self-attention with gates at up to five places, and the paper's non-linearities without a gate.
 
-The gate's logits come out of the fused QKV projection: each query group's block is widened to
-[queries | gate | key | value], so that tensor parallelism shards whole groups and one matrix multiply serves all.
-A gate on the output projection (``dense``) has a projection of its own, since its width is the model's.
+The gates' logits come out of the fused QKV projection: each query group's block is widened to
+[queries | gate rows, one block a gate | key | value], so that tensor parallelism shards whole groups and one matrix
+multiply serves all. A gate on the output projection (``dense``) has a projection of its own: its width is the model's.
 
-Shapes: S sequence, B batch, G query groups, H heads, D head dimension, all per tensor-parallel rank.
+Shapes: S sequence, B batch, G query groups, H heads, D head dimension, all per tensor-parallel rank. Logits are
+[S, B, heads, D or 1], or [S, B, G, heads a group, D or 1] as they come out of the projection.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,41 +20,55 @@ from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
+from torch.nn import functional
 
-from models import gates
+from models import gates, kernels
 from models.config import GateConfig
+
+Logits = dict[str, Tensor]
 
 
 class GatedSelfAttention(SelfAttention):  # type: ignore[misc]
-    """SelfAttention whose gate is given as a spec parameter; ``gate=None`` is Megatron's own, unchanged."""
+    """SelfAttention with ``gate_configs``, one a position, and ``sdpa_output`` (``group_norm``, ``silu`` or None).
+
+    With neither it is Megatron's own, unchanged.
+    """
 
     def __init__(
         self,
         config: TransformerConfig,
         submodules: SelfAttentionSubmodules,
         layer_number: int,
-        gate: GateConfig | None = None,
+        gate_configs: Sequence[GateConfig] = (),
+        sdpa_output: str | None = None,
         **kwargs: Any,
     ) -> None:
         queries_per_group = config.num_attention_heads // config.num_query_groups
-        num_gate_rows = gates.gate_rows_per_group(gate, queries_per_group, config.kv_channels)
-        if gate is not None and num_gate_rows:
+        rows: dict[str, int] = {
+            gate.position: gates.gate_rows_per_group(gate, queries_per_group, config.kv_channels)
+            for gate in gate_configs
+        }
+        if any(rows.values()):
             submodules = dataclasses.replace(
-                submodules, linear_qkv=_widened(submodules.linear_qkv, config, gate, num_gate_rows)
+                submodules, linear_qkv=_widened(submodules.linear_qkv, config, gate_configs, rows)
             )
         super().__init__(config, submodules, layer_number, **kwargs)
-        self.gate_config = gate
-        self.num_gate_rows = num_gate_rows
+        self.gate_configs: dict[str, GateConfig] = {gate.position: gate for gate in gate_configs}
+        self.gate_rows = {position: number for position, number in rows.items() if number}
+        self.sdpa_output = sdpa_output
         self._queries_per_group = queries_per_group
-        if gate is None:
-            return
-        if gate.position == "dense" and gate.input == "hidden":
-            self.linear_gate = self._gate_projection(gate)
-        if gate.input == "none":
-            self.gate_parameter = self._gate_parameter(gate)
-        if gate.position == "sdpa":
+        dense = self.gate_configs.get("dense")
+        if dense is not None and dense.input == "hidden":
+            self.linear_gate = self._gate_projection(dense)
+        self.gate_parameters = nn.ParameterDict(
+            {gate.position: self._gate_parameter(gate) for gate in gate_configs if gate.input == "none"}
+        )
+        if sdpa_output == "group_norm":
+            self.sdpa_norm_weight = self._per_head(torch.ones, self.num_attention_heads_per_partition)
+        if "sdpa" in self.gate_configs or sdpa_output is not None:
             # Megatron's forward hands a fourth tensor to _apply_output_gate when this is set. Set on this
             # module's own copy and only now, or the base class would widen the projection by itself.
             self.config = copy.copy(config)
@@ -78,37 +93,42 @@ class GatedSelfAttention(SelfAttention):  # type: ignore[misc]
     def _gate_parameter(self, gate: GateConfig) -> nn.Parameter:
         """Zero-initialised logits of an input-independent gate: [H, D or 1], or [hidden] at ``dense``."""
         if gate.position == "dense":
-            shape: tuple[int, ...] = (self.config.hidden_size,)
-        else:
-            on_queries = gate.position in ("sdpa", "query")
-            num_heads = self.num_attention_heads_per_partition if on_queries else self.num_query_groups_per_partition
-            shape = (num_heads, self.config.kv_channels if gate.granularity == "elementwise" else 1)
-        device = "cpu" if self.config.use_cpu_initialization else torch.cuda.current_device()
-        parameter = nn.Parameter(torch.zeros(shape, dtype=self.config.params_dtype, device=device))
-        if gate.position != "dense":
-            set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=0, stride=1)
+            return nn.Parameter(torch.zeros(self.config.hidden_size, **self._where()))
+        on_queries = gate.position in ("sdpa", "query")
+        num_heads = self.num_attention_heads_per_partition if on_queries else self.num_query_groups_per_partition
+        return self._per_head(torch.zeros, num_heads, None if gate.granularity == "elementwise" else 1)
+
+    def _per_head(self, fill: Callable[..., Tensor], num_heads: int, width: int | None = None) -> nn.Parameter:
+        """A parameter [heads, D or ``width``], its heads sharded over tensor-parallel ranks."""
+        parameter = nn.Parameter(fill(num_heads, width or self.config.kv_channels, **self._where()))
+        set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=0, stride=1)
         return parameter
+
+    def _where(self) -> dict[str, Any]:
+        device = "cpu" if self.config.use_cpu_initialization else torch.cuda.current_device()
+        return {"dtype": self.config.params_dtype, "device": device}
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """Megatron's, plus the heads of an input-independent gate sharded over tensor-parallel ranks."""
-        from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
-
+        """Megatron's, with the parameters that have a row a head sharded over tensor-parallel ranks."""
         state: dict[str, Any] = super().sharded_state_dict(prefix, sharded_offsets, metadata)
-        gate = self.gate_config
-        if gate is not None and gate.input == "none" and gate.position != "dense":
-            state.update(
-                make_sharded_tensors_for_checkpoint(
-                    {"gate_parameter": self.gate_parameter},
-                    prefix,
-                    {"gate_parameter": 0},
-                    sharded_offsets,
-                    tp_group=self.pg_collection.tp,
-                    dp_cp_group=metadata["dp_cp_group"] if metadata else None,
-                )
-            )
-        return state
+        per_head = {
+            f"gate_parameters.{position}": parameter
+            for position, parameter in self.gate_parameters.items()
+            if position != "dense"
+        }
+        if self.sdpa_output == "group_norm":
+            per_head["sdpa_norm_weight"] = self.sdpa_norm_weight
+        sharded: dict[str, Any] = make_sharded_tensors_for_checkpoint(
+            per_head,
+            prefix,
+            dict.fromkeys(per_head, 0),
+            sharded_offsets,
+            tp_group=self.pg_collection.tp,
+            dp_cp_group=metadata["dp_cp_group"] if metadata else None,
+        )
+        return state | sharded
 
     # -- the forward pass, in its order ---------------------------------------------------------------------
 
@@ -119,55 +139,64 @@ class GatedSelfAttention(SelfAttention):  # type: ignore[misc]
         output_gate: bool = False,
         split_qkv: bool = True,
     ) -> Any:
-        """Query [S, B, H, D], key and value [S, B, G, D]; with ``output_gate`` also the scores for the output."""
-        gate = self.gate_config
-        if gate is None or gate.position == "dense":
+        """Query [S, B, H, D], key and value [S, B, G, D]; with ``output_gate`` also the logits of the output gate."""
+        if not output_gate and self.gate_configs.keys() <= {"dense"}:
             return super().get_query_key_value_tensors(hidden_states, key_value_states, output_gate, split_qkv)
-        query, logits, key, value = self._project(hidden_states, gate)
-        score = self._score(gate, logits, query)
-        if gate.position == "value":
-            value = gates.apply(gate, value, score)
-        if gate.qk_order == "before_norm":
-            query, key = self._gate_query_or_key(gate, query, key, score)
+        query, logits, key, value = self._project(hidden_states)
+        value = self._gate_at("value", value, logits)
+        query = self._gate_at("query", query, logits, "before_norm")
+        key = self._gate_at("key", key, logits, "before_norm")
         query = query if self.q_layernorm is None else self.q_layernorm(query)
         key = key if self.k_layernorm is None else self.k_layernorm(key)
-        if gate.qk_order == "after_norm":
-            query, key = self._gate_query_or_key(gate, query, key, score)
-        return (query, key, value, score) if output_gate else (query, key, value)
+        query = self._gate_at("query", query, logits, "after_norm")
+        key = self._gate_at("key", key, logits, "after_norm")
+        if not output_gate:
+            return query, key, value
+        # Never None, though a gate may have no logits: Megatron's forward would leave out _apply_output_gate.
+        return query, key, value, logits.get("sdpa", query)
 
-    def _project(self, hidden_states: Tensor, gate: GateConfig) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-        """One matrix multiply: query [S, B, H, D], gate logits [S, B, heads, D or 1] or None, key, value."""
+    def _project(self, hidden_states: Tensor) -> tuple[Tensor, Logits, Tensor, Tensor]:
+        """One matrix multiply: query [S, B, H, D], each gate's logits, key, value [S, B, G, D]."""
         mixed, _ = self.linear_qkv(hidden_states)
         head_dim = self.hidden_size_per_attention_head
         mixed = mixed.view(*mixed.shape[:2], self.num_query_groups_per_partition, -1)
-        rows = [self._queries_per_group * head_dim, self.num_gate_rows, head_dim, head_dim]
-        query, logits, key, value = torch.split(mixed, rows, dim=3)
-        query = query.reshape(*query.shape[:2], -1, head_dim)
-        if not self.num_gate_rows:
-            return query, None, key, value
-        width = head_dim if gate.granularity == "elementwise" else 1
-        return query, logits.reshape(*logits.shape[:2], -1, width), key, value
+        rows = [self._queries_per_group * head_dim, *self.gate_rows.values(), head_dim, head_dim]
+        query, *gate_blocks, key, value = torch.split(mixed, rows, dim=3)
+        logits = {}
+        for position, block in zip(self.gate_rows, gate_blocks, strict=True):
+            width = head_dim if self.gate_configs[position].granularity == "elementwise" else 1
+            logits[position] = block.view(*block.shape[:3], -1, width)
+        return query.reshape(*query.shape[:2], -1, head_dim), logits, key, value
 
-    def _score(self, gate: GateConfig, logits: Tensor | None, like: Tensor) -> Tensor:
+    def _gate_at(self, position: str, signal: Tensor, logits: Logits, qk_order: str | None = None) -> Tensor:
+        """The signal, gated if there is a gate at this place (for key and query: on this side of the norm)."""
+        gate = self.gate_configs.get(position)
+        if gate is None or (qk_order is not None and gate.qk_order != qk_order):
+            return signal
+        return self._gated(gate, signal, logits.get(position))
+
+    def _gated(self, gate: GateConfig, signal: Tensor, logits: Tensor | None) -> Tensor:
+        """The fused kernel where it serves (CUDA), else the plain torch form."""
         if gate.input == "constant":
-            return like.new_full((), gate.scale)
+            return gates.apply(gate, signal, signal.new_full((), gate.scale))
         if gate.input == "none":
-            logits = self.gate_parameter.expand(*like.shape[:2], *self.gate_parameter.shape)
+            parameter = self.gate_parameters[gate.position]
+            logits = parameter.expand(*signal.shape[:2], *parameter.shape)
         assert logits is not None
-        return gates.scores(gate, logits, self._mean_over_heads)
-
-    def _gate_query_or_key(self, gate: GateConfig, query: Tensor, key: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:
-        if gate.position == "query":
-            query = gates.apply(gate, query, score)
-        elif gate.position == "key":
-            key = gates.apply(gate, key, score)
-        return query, key
+        if kernels.supports(gate, signal, logits):
+            return kernels.gated(gate, signal, logits)
+        logits = logits.flatten(2, 3) if logits.dim() == 5 else logits
+        return gates.apply(gate, signal, gates.scores(gate, logits, self._mean_over_heads))
 
     def _apply_output_gate(self, x: Tensor, gate: Tensor) -> Tensor:
-        """The gate on the SDPA output: ``x`` [S, B, H*D], ``gate`` the scores [S, B, H or 1, D or 1] or []."""
-        assert self.gate_config is not None
+        """What is done to the SDPA output ``x`` [S, B, H*D]: its non-linearity, then its gate from logits ``gate``."""
         signal_SBHD = x.view(*x.shape[:2], -1, self.hidden_size_per_attention_head)
-        return gates.apply(self.gate_config, signal_SBHD, gate).view_as(x)
+        if self.sdpa_output == "group_norm":
+            normed = functional.rms_norm(signal_SBHD, signal_SBHD.shape[-1:], eps=self.config.layernorm_epsilon)
+            signal_SBHD = normed * self.sdpa_norm_weight
+        elif self.sdpa_output == "silu":
+            signal_SBHD = functional.silu(signal_SBHD)
+        return self._gate_at("sdpa", signal_SBHD, {"sdpa": gate}).reshape_as(x)
 
     def _mean_over_heads(self, scores_SBHD: Tensor) -> Tensor:
         """Mean over the heads of all tensor-parallel ranks, [S, B, 1, D]; its gradient is summed over them."""
@@ -182,21 +211,25 @@ class GatedSelfAttention(SelfAttention):  # type: ignore[misc]
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """[S, B, hidden] to ([S, B, hidden], bias); ``hidden_states`` is normalised already."""
         output, bias = super().forward(hidden_states, *args, **kwargs)
-        gate = self.gate_config
-        if gate is None or gate.position != "dense":
+        gate = self.gate_configs.get("dense")
+        if gate is None:
             return output, bias
         if bias is not None:
             output, bias = output + bias, None
         logits = self.linear_gate(hidden_states)[0] if gate.input == "hidden" else None
-        return gates.apply(gate, output, self._score(gate, logits, output)), bias
+        return self._gated(gate, output, logits), bias
 
 
 def _widened(
-    linear_qkv: Callable[..., nn.Module], config: TransformerConfig, gate: GateConfig, num_gate_rows: int
+    linear_qkv: Callable[..., nn.Module],
+    config: TransformerConfig,
+    gate_configs: Sequence[GateConfig],
+    gate_rows: dict[str, int],
 ) -> Callable[..., nn.Module]:
-    """The spec's QKV projection, with the gate's rows inside each query group's block."""
+    """The spec's QKV projection, with the gates' rows inside each query group's block."""
     query_rows = config.num_attention_heads // config.num_query_groups * config.kv_channels
-    group_rows = query_rows + num_gate_rows + 2 * config.kv_channels
+    added_rows = sum(gate_rows.values())
+    group_rows = query_rows + added_rows + 2 * config.kv_channels
 
     def build(
         input_size: int,
@@ -207,11 +240,14 @@ def _widened(
     ) -> nn.Module:
         def initialise(weight: Tensor) -> None:
             init_method(weight)
-            if gate.init == "zero":
-                with torch.no_grad():
-                    gates.zero_gate_rows(weight, group_rows, query_rows, num_gate_rows)
+            start = query_rows
+            for gate in gate_configs:
+                if gate.init == "zero":
+                    with torch.no_grad():
+                        gates.zero_gate_rows(weight, group_rows, start, gate_rows[gate.position])
+                start += gate_rows[gate.position]
 
-        widened_size = output_size + num_gate_rows * config.num_query_groups
+        widened_size = output_size + added_rows * config.num_query_groups
         return linear_qkv(input_size, widened_size, init_method=initialise, **kwargs)
 
     return build

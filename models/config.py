@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -22,12 +22,19 @@ def _integral(value: Any) -> Any:
     return value
 
 
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
 Integer = Annotated[int, BeforeValidator(_integral)]
 Count = Annotated[int, BeforeValidator(_integral), Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 
 Position = Literal["sdpa", "value", "key", "query", "dense"]
+POSITIONS: tuple[Position, ...] = get_args(Position)
+OPEN_OFFSET = 4.0
+"""sigmoid(4) = 0.982: ``init: open`` adds this to a gate's logits, so that it starts near 1."""
 
 
 class Frozen(BaseModel):
@@ -48,6 +55,12 @@ class ModelConfig(Frozen):
     qk_norm: bool = True
     tied_embeddings: bool = True
     rope_base: Positive = 10_000.0
+    sdpa_output: Literal["group_norm", "silu"] | None = None
+    """A non-linearity on the SDPA output without a gate (paper, Table 3): RMSNorm of each head, or SiLU."""
+    softmax_sink: bool = False
+    """A learned logit a head in the softmax's denominator, which can take attention off the first token."""
+    sandwich_norm: bool = False
+    """Normalise the outputs of attention and FFN before they join the residual."""
     norm_epsilon: Positive = 1e-6
     init_std: Positive = 0.02
 
@@ -59,6 +72,8 @@ class ModelConfig(Frozen):
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} must be even: RoPE rotates pairs")
+        if self.softmax_sink and self.sdpa_output == "group_norm":
+            raise ValueError("softmax_sink with sdpa_output group_norm does nothing: the norm cancels a head's scale")
         return self
 
 
@@ -179,6 +194,9 @@ class TrialConfig(Frozen):
 
     model: ModelConfig
     gate: GateConfig | None = None
+    more_gates: Annotated[tuple[GateConfig, ...], BeforeValidator(_as_tuple)] = Field(
+        default=(), description="a list of gates such as [{position: value}], each at a position of its own"
+    )
     data: DataConfig = DataConfig()
     train: TrainConfig
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -194,6 +212,21 @@ class TrialConfig(Frozen):
             )
         return self
 
+    @model_validator(mode="after")
+    def _one_gate_a_position(self) -> TrialConfig:
+        positions = [gate.position for gate in self.gates]
+        if len(set(positions)) < len(positions):
+            raise ValueError(f"two gates at one position: {', '.join(positions)}; allowed: one gate a position")
+        if self.more_gates and self.gate is None:
+            raise ValueError("more_gates needs gate: give the first gate there")
+        return self
+
+    @property
+    def gates(self) -> tuple[GateConfig, ...]:
+        """All gates, in the order of POSITIONS: the order in which a file names them changes nothing."""
+        named = self.more_gates if self.gate is None else (self.gate, *self.more_gates)
+        return tuple(sorted(named, key=lambda gate: POSITIONS.index(gate.position)))
+
     @property
     def batch_sequences(self) -> int:
         return self.train.batch_tokens // self.data.sequence_length
@@ -208,7 +241,10 @@ class TrialConfig(Frozen):
 
         What is absent or off is left out, so that a mechanism that is added later changes no earlier fingerprint.
         """
-        content = self.model_dump(mode="json")
+        content = self.model_dump(mode="json", exclude={"more_gates"})
+        if self.more_gates:
+            # The order in which a file names the gates changes nothing.
+            content["gate"] = [gate.model_dump(mode="json") for gate in self.gates]
         if self.data.corpus_sha256:
             del content["data"]["corpus"]
         if self.data.tokenizer_sha256:

@@ -1,22 +1,27 @@
-"""Softmax attention by torch's scaled_dot_product_attention, in the place of Megatron's S x S matrix.
+"""Softmax attention: by torch's scaled_dot_product_attention, or Megatron's own with a learned sink logit a head.
 
-Causal, without dropout, packed sequences or bias: what these models need. Equal to Megatron's own core attention
-within rounding, with memory linear in the sequence.
+Causal, without dropout, packed sequences or bias: what these models need.
 """
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 
 class TorchCoreAttention(MegatronModule):  # type: ignore[misc]
-    """Query [S, B, H, D], key and value [S, B, G, D] to [S, B, H*D], per tensor-parallel rank."""
+    """Query [S, B, H, D], key and value [S, B, G, D] to [S, B, H*D], per tensor-parallel rank.
+
+    Equal to Megatron's core attention within rounding, with memory linear in the sequence.
+    """
 
     def __init__(
         self,
@@ -58,3 +63,18 @@ class TorchCoreAttention(MegatronModule):  # type: ignore[misc]
         )
         sequence, batch = query.shape[:2]
         return output_BHSD.permute(2, 0, 1, 3).reshape(sequence, batch, -1)
+
+
+class SinkCoreAttention(DotProductAttention):  # type: ignore[misc]
+    """Megatron's S x S attention with ``softmax_type="learnable"``: e^sink joins each head's denominator.
+
+    Sinks start at zero. A drawn start would take each rank's own number of draws, and the other initial weights would
+    hang on the layout.
+    """
+
+    def __init__(self, config: TransformerConfig, **kwargs: Any) -> None:
+        config = copy.copy(config)
+        config.init_method = nn.init.zeros_
+        super().__init__(config, **kwargs)
+        # Megatron leaves them unmarked: norms and counts over tensor-parallel ranks would miss all but rank 0's.
+        set_tensor_model_parallel_attributes(self.softmax_offset, True, 0, 1)

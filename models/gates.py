@@ -11,10 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from models.config import GateConfig
-
-OPEN_OFFSET = 4.0
-"""sigmoid(4) = 0.982: ``init: open`` adds this to the logits, so that the gate starts near 1."""
+from models.config import OPEN_OFFSET, GateConfig
 
 
 def _ns_sigmoid(logits: Tensor) -> Tensor:

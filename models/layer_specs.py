@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import torch
 from megatron.core import parallel_state
@@ -18,7 +19,8 @@ from torch.nn import functional
 
 from models.attention import GatedSelfAttention
 from models.config import GateConfig, Layout, ModelConfig, TrialConfig
-from models.core_attention import TorchCoreAttention
+from models.core_attention import SinkCoreAttention, TorchCoreAttention
+from models.residual import NormalisedAdd
 
 
 def transformer_config(model: ModelConfig, precision: str, layout: Layout, device: str) -> TransformerConfig:
@@ -49,6 +51,7 @@ def transformer_config(model: ModelConfig, precision: str, layout: Layout, devic
         # Drawing whole weights on the CPU and cutting them makes the initial weights independent of the layout.
         use_cpu_initialization=True,
         attention_softmax_in_fp32=True,
+        softmax_type="learnable" if model.softmax_sink else "vanilla",
         apply_rope_fusion=False,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
@@ -58,18 +61,23 @@ def transformer_config(model: ModelConfig, precision: str, layout: Layout, devic
     )
 
 
-def layer_spec(model: ModelConfig, gate: GateConfig | None) -> ModuleSpec:
-    """Megatron's local layer, its self-attention replaced by the gated one, its core attention by torch's."""
+def layer_spec(model: ModelConfig, gates: Sequence[GateConfig]) -> ModuleSpec:
+    """Megatron's local layer, its self-attention replaced by the gated one, its core attention by ours."""
     spec = get_gpt_layer_local_spec(qk_layernorm=model.qk_norm, normalization="RMSNorm")
     attention = spec.submodules.self_attention
-    submodules = dataclasses.replace(attention.submodules, core_attention=TorchCoreAttention)
+    core_attention = SinkCoreAttention if model.softmax_sink else TorchCoreAttention
+    inner = dataclasses.replace(attention.submodules, core_attention=core_attention)
     gated = dataclasses.replace(
         attention,
         module=GatedSelfAttention,
-        params={**attention.params, "gate": gate},
-        submodules=submodules,
+        params={**attention.params, "gate_configs": tuple(gates), "sdpa_output": model.sdpa_output},
+        submodules=inner,
     )
-    return dataclasses.replace(spec, submodules=dataclasses.replace(spec.submodules, self_attention=gated))
+    submodules = dataclasses.replace(spec.submodules, self_attention=gated)
+    if model.sandwich_norm:
+        add = ModuleSpec(NormalisedAdd, {"hidden_size": model.hidden_size, "epsilon": model.norm_epsilon})
+        submodules = dataclasses.replace(submodules, self_attn_bda=add, mlp_bda=add)
+    return dataclasses.replace(spec, submodules=submodules)
 
 
 def build_model(trial: TrialConfig, layout: Layout, device: str) -> GPTModel:
@@ -77,7 +85,7 @@ def build_model(trial: TrialConfig, layout: Layout, device: str) -> GPTModel:
     config = transformer_config(trial.model, trial.precision, layout, device)
     model = GPTModel(
         config=config,
-        transformer_layer_spec=layer_spec(trial.model, trial.gate),
+        transformer_layer_spec=layer_spec(trial.model, trial.gates),
         vocab_size=trial.data.vocab_size,
         max_sequence_length=trial.data.sequence_length,
         pre_process=parallel_state.is_pipeline_first_stage(),

@@ -9,7 +9,7 @@ Shapes: B batch, S sequence, H query heads, K key/value heads, D head dimension.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -19,14 +19,14 @@ from models.config import GateConfig, ModelConfig, TrialConfig
 Weights = dict[str, Tensor]
 
 
-def unpack(named: Mapping[str, Tensor], model: ModelConfig, gate: GateConfig | None) -> Weights:
+def unpack(named: Mapping[str, Tensor], model: ModelConfig, gates: Sequence[GateConfig]) -> Weights:
     """Megatron's tensors (weights, or their gradients) by our names, as float64 copies."""
     weights = {}
     for name, tensor in named.items():
         tensor = tensor.detach().double()
         if name.endswith("self_attention.linear_qkv.weight"):
             prefix = name.removesuffix("self_attention.linear_qkv.weight")
-            weights |= {f"{prefix}{part}": rows for part, rows in _qkv(tensor, model, gate).items()}
+            weights |= {f"{prefix}{part}": rows for part, rows in _qkv(tensor, model, gates).items()}
         elif name.endswith("mlp.linear_fc1.weight"):
             stem = name.removesuffix("mlp.linear_fc1.weight")
             weights[f"{stem}ffn_gate"], weights[f"{stem}ffn_up"] = tensor.chunk(2)
@@ -35,21 +35,18 @@ def unpack(named: Mapping[str, Tensor], model: ModelConfig, gate: GateConfig | N
     return weights
 
 
-def _qkv(fused: Tensor, model: ModelConfig, gate: GateConfig | None) -> Weights:
-    """Per query group [queries | gate | key | value]: the matrices that multiply the layer's input."""
+def _qkv(fused: Tensor, model: ModelConfig, gates: Sequence[GateConfig]) -> Weights:
+    """Per query group [queries | a block a gate | key | value]: the matrices that multiply the layer's input."""
     hidden, dim, groups = model.hidden_size, model.head_dim, model.num_kv_heads
     queries = model.num_query_heads // groups
-    gate_rows = 0
-    if gate is not None and gate.input == "hidden" and gate.position != "dense":
-        heads = queries if gate.position in ("sdpa", "query") else 1
-        gate_rows = heads * dim if gate.granularity == "elementwise" else heads
-    blocks = fused.reshape(groups, queries * dim + gate_rows + 2 * dim, hidden)
-    edges = [0, queries * dim, queries * dim + gate_rows, queries * dim + gate_rows + dim, blocks.shape[1]]
-    parts = {
-        part: blocks[:, start:end].reshape(-1, hidden).clone()
-        for part, start, end in zip(("wq", "w_gate", "wk", "wv"), edges[:-1], edges[1:], strict=True)
-    }
-    return parts if gate_rows else {part: rows for part, rows in parts.items() if part != "w_gate"}
+    rows = {"wq": queries * dim}
+    for gate in gates:
+        if gate.input == "hidden" and gate.position != "dense":
+            heads = queries if gate.position in ("sdpa", "query") else 1
+            rows[f"w_gate_{gate.position}"] = heads * dim if gate.granularity == "elementwise" else heads
+    rows |= {"wk": dim, "wv": dim}
+    blocks = fused.reshape(groups, sum(rows.values()), hidden).split(list(rows.values()), dim=1)
+    return {part: block.reshape(-1, hidden).clone() for part, block in zip(rows, blocks, strict=True)}
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -73,8 +70,8 @@ def activation(name: str, x: Tensor) -> Tensor:
 class Oracle:
     """The whole decoder; ``weights`` are leaves that collect gradients."""
 
-    def __init__(self, model: ModelConfig, gate: GateConfig | None, weights: Weights) -> None:
-        self.model, self.gate = model, gate
+    def __init__(self, model: ModelConfig, gates: Sequence[GateConfig], weights: Weights) -> None:
+        self.model, self.gates = model, {gate.position: gate for gate in gates}
         self.weights = {name: weight.clone().requires_grad_() for name, weight in weights.items()}
 
     def losses(self, tokens_BS: Tensor, labels_BS: Tensor) -> Tensor:
@@ -83,54 +80,71 @@ class Oracle:
         x = weights["embedding.word_embeddings.weight"][tokens_BS]
         for layer in range(model.num_layers):
             prefix = f"decoder.layers.{layer}."
-            x = x + self._attention(prefix, rms_norm(x, weights[prefix + "input_layernorm.weight"], model.norm_epsilon))
+            normed = rms_norm(x, weights[prefix + "input_layernorm.weight"], model.norm_epsilon)
+            x = x + self._sandwiched(prefix + "self_attn_bda", self._attention(prefix, normed))
             normed = rms_norm(x, weights[prefix + "pre_mlp_layernorm.weight"], model.norm_epsilon)
             gated = activation("silu", normed @ weights[prefix + "ffn_gate"].T)
-            x = x + (gated * (normed @ weights[prefix + "ffn_up"].T)) @ weights[prefix + "mlp.linear_fc2.weight"].T
+            ffn = (gated * (normed @ weights[prefix + "ffn_up"].T)) @ weights[prefix + "mlp.linear_fc2.weight"].T
+            x = x + self._sandwiched(prefix + "mlp_bda", ffn)
         x = rms_norm(x, weights["decoder.final_layernorm.weight"], model.norm_epsilon)
         output = "embedding.word_embeddings.weight" if model.tied_embeddings else "output_layer.weight"
         logits = x @ weights[output].T
         return torch.logsumexp(logits, dim=-1) - logits.gather(-1, labels_BS[..., None])[..., 0]
 
+    def _sandwiched(self, name: str, output: Tensor) -> Tensor:
+        """What joins the residual: with sandwich norm the normalised output."""
+        if not self.model.sandwich_norm:
+            return output
+        return rms_norm(output, self.weights[f"{name}.norm.weight"], self.model.norm_epsilon)
+
     def _attention(self, prefix: str, x: Tensor) -> Tensor:
-        model, gate, weights = self.model, self.gate, self.weights
-        position = None if gate is None else gate.position
-        before_norm = gate is not None and gate.qk_order == "before_norm"
+        model, weights = self.model, self.weights
         signal = {
             name: (x @ weights[prefix + w].T).unflatten(-1, (-1, model.head_dim))
             for name, w in (("query", "wq"), ("key", "wk"), ("value", "wv"))
         }
-        if position == "value" or (before_norm and position in signal):
-            signal[position] = self._gated(signal[position], prefix, x)
-        if model.qk_norm:
-            for name in ("query", "key"):
+        signal["value"] = self._gated("value", signal["value"], prefix, x)
+        for name in ("query", "key"):
+            order = self.gates[name].qk_order if name in self.gates else None
+            if order == "before_norm":
+                signal[name] = self._gated(name, signal[name], prefix, x)
+            if model.qk_norm:
                 weight = weights[f"{prefix}self_attention.{name[0]}_layernorm.weight"]
                 signal[name] = rms_norm(signal[name], weight, model.norm_epsilon)
-        if not before_norm and position in ("query", "key"):
-            signal[position] = self._gated(signal[position], prefix, x)
+            if order == "after_norm":
+                signal[name] = self._gated(name, signal[name], prefix, x)
+        sinks = weights[prefix + "self_attention.core_attention.softmax_offset"] if model.softmax_sink else None
         mixed = self._sdpa(
-            rope(signal["query"], model.rope_base), rope(signal["key"], model.rope_base), signal["value"]
+            rope(signal["query"], model.rope_base), rope(signal["key"], model.rope_base), signal["value"], sinks
         )
-        if position == "sdpa":
-            mixed = self._gated(mixed, prefix, x)
+        if model.sdpa_output == "group_norm":
+            mixed = rms_norm(mixed, weights[prefix + "self_attention.sdpa_norm_weight"], model.norm_epsilon)
+        elif model.sdpa_output == "silu":
+            mixed = activation("silu", mixed)
+        mixed = self._gated("sdpa", mixed, prefix, x)
         output = mixed.flatten(-2) @ weights[prefix + "self_attention.linear_proj.weight"].T
-        return self._gated(output, prefix, x) if position == "dense" else output
+        return self._gated("dense", output, prefix, x)
 
-    def _sdpa(self, query_BSHD: Tensor, key_BSKD: Tensor, value_BSKD: Tensor) -> Tensor:
-        """Query head h attends with key/value head h // (H / K); causal."""
+    def _sdpa(self, query_BSHD: Tensor, key_BSKD: Tensor, value_BSKD: Tensor, sinks_H: Tensor | None) -> Tensor:
+        """Query head h attends with key/value head h // (H / K); causal. A sink adds e^sink to the denominator."""
         num_positions, queries_per_group = query_BSHD.shape[1], self.model.num_query_heads // self.model.num_kv_heads
         heads = []
         for head in range(self.model.num_query_heads):
             key, value = (kv[:, :, head // queries_per_group] for kv in (key_BSKD, value_BSKD))
             logits = query_BSHD[:, :, head] @ key.transpose(1, 2) / math.sqrt(self.model.head_dim)
             future = torch.ones(num_positions, num_positions, dtype=torch.bool).triu(1)
-            heads.append(logits.masked_fill(future, -math.inf).softmax(dim=-1) @ value)
+            weights = logits.masked_fill(future, -math.inf).exp()
+            denominator = weights.sum(dim=-1, keepdim=True)
+            if sinks_H is not None:
+                denominator = denominator + sinks_H[head].exp()
+            heads.append(weights / denominator @ value)
         return torch.stack(heads, dim=2)
 
-    def _gated(self, signal: Tensor, prefix: str, x: Tensor) -> Tensor:
-        """Y * score or Y + score; Y is [B, S, heads, D], or [B, S, hidden] at position dense."""
-        gate = self.gate
-        assert gate is not None
+    def _gated(self, position: str, signal: Tensor, prefix: str, x: Tensor) -> Tensor:
+        """Y * score or Y + score, where there is a gate; Y is [B, S, heads, D], or [B, S, hidden] at ``dense``."""
+        gate = self.gates.get(position)
+        if gate is None:
+            return signal
         score = self._score(gate, prefix, x)
         return signal * score if gate.combine == "multiplicative" else signal + score
 
@@ -139,12 +153,12 @@ class Oracle:
         if gate.input == "constant":
             return torch.tensor(gate.scale, dtype=torch.float64)
         if gate.input == "none":
-            logits = self.weights[prefix + "self_attention.gate_parameter"][None, None]
+            logits = self.weights[f"{prefix}self_attention.gate_parameters.{gate.position}"][None, None]
         elif gate.position == "dense":
             logits = x @ self.weights[prefix + "self_attention.linear_gate.weight"].T
         else:
             width = self.model.head_dim if gate.granularity == "elementwise" else 1
-            logits = (x @ self.weights[prefix + "w_gate"].T).unflatten(-1, (-1, width))
+            logits = (x @ self.weights[f"{prefix}w_gate_{gate.position}"].T).unflatten(-1, (-1, width))
         if gate.init == "open":
             logits = logits + 4.0
         if gate.sharing == "head_specific":
@@ -172,7 +186,7 @@ def losses_and_gradients(
     trial: TrialConfig, weights: Weights, tokens_BS: Tensor, labels_BS: Tensor
 ) -> tuple[Tensor, Weights]:
     """The oracle's losses [B, S], and the gradients of their weighted sum, by the names of ``unpack``."""
-    oracle = Oracle(trial.model, trial.gate, weights)
+    oracle = Oracle(trial.model, trial.gates, weights)
     losses = oracle.losses(tokens_BS, labels_BS)
     (losses * token_weight(tokens_BS)).sum().backward()
     return losses.detach(), {name: weight.grad for name, weight in oracle.weights.items() if weight.grad is not None}
@@ -192,9 +206,9 @@ def wrong(
     a layer, in a headwise, shared, input-independent gate) cannot be had to 1e-5 in fp32 by anyone: then eight times
     what the exact gradient moves by when every weight moves by one rounding is allowed.
     """
-    weights = unpack(named, trial.model, trial.gate)
+    weights = unpack(named, trial.model, trial.gates)
     expected_losses, expected = losses_and_gradients(trial, weights, *batch)
-    found = unpack(gradients, trial.model, trial.gate)
+    found = unpack(gradients, trial.model, trial.gates)
     assert found.keys() == expected.keys() == weights.keys()
     errors = {name: relative_error(found[name], gradient) for name, gradient in expected.items()}
     allowed = dict.fromkeys(errors, tolerance)

@@ -78,7 +78,7 @@ def build(trial: TrialConfig, layout: Layout | None = None) -> Any:
             noise = torch.randn(parameter.shape, generator=generator)
             if name.endswith("norm.weight"):
                 parameter.copy_(1.0 + 0.3 * noise)
-            elif name.endswith("gate_parameter"):
+            elif "gate_parameters." in name:
                 parameter.copy_(noise)
             else:
                 parameter.copy_(noise / parameter.shape[-1] ** 0.5)

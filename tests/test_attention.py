@@ -79,6 +79,10 @@ def test_a_constant_scale_is_the_oracles(world, position):
         {"num_kv_heads": 4},
         {"num_kv_heads": 1},
         {"rope_base": 100.0, "norm_epsilon": 1e-2},
+        {"sandwich_norm": True},
+        {"softmax_sink": True},
+        {"sdpa_output": "group_norm"},
+        {"sdpa_output": "silu"},
         {"num_query_heads": 6, "num_kv_heads": 3, "head_dim": 4, "ffn_size": 20, "num_layers": 1},
     ],
     ids=str,
@@ -99,13 +103,32 @@ def test_every_model_shape_is_the_oracles(world, gate, changes):
     check_against_oracle(small_trial(gate, SMALL.model_copy(update=changes)))
 
 
+@pytest.mark.parametrize(
+    "positions",
+    [("sdpa", "value"), ("value", "key"), ("query", "key", "dense"), ("sdpa", "value", "key", "query", "dense")],
+    ids="+".join,
+)
+@pytest.mark.parametrize("sdpa_output", [None, "group_norm"])
+def test_gates_at_several_places_are_the_oracles(world, positions, sdpa_output):
+    options = {
+        "sdpa": {"activation": "silu"},
+        "value": {"granularity": "headwise"},
+        "key": {"sharing": "head_shared"},
+        "query": {"input": "none"},
+        "dense": {"combine": "additive"},
+    }
+    first, *more = [GateConfig.model_validate({"position": at, **options[at]}) for at in positions]
+    trial = small_trial(first, SMALL.model_copy(update={"sdpa_output": sdpa_output}))
+    check_against_oracle(trial.model_copy(update={"more_gates": tuple(more)}))
+
+
 def test_the_comparison_sees_a_gate_that_is_a_little_wrong(world, monkeypatch):
     """The guard of the tests above: 1e-4 of one score must be enough to fail."""
     from models import gates
 
     monkeypatch.setitem(gates.ACTIVATIONS, "sigmoid", lambda logits: logits.sigmoid() * 1.0001)
     found = differences(small_trial(GateConfig(position="value", granularity="headwise")))
-    assert {"losses", "decoder.layers.0.w_gate"} <= found.keys()
+    assert {"losses", "decoder.layers.0.w_gate_value"} <= found.keys()
 
 
 # -- what a gate changes --------------------------------------------------------------------------------------
@@ -115,14 +138,14 @@ def ungated_twin(model, trial):
     """The baseline with the gated model's other weights."""
     import torch
 
-    gate, shape = trial.gate, trial.model
+    shape = trial.model
     twin = build(trial.model_copy(update={"gate": None}))
     named = dict(model.named_parameters())
     with torch.no_grad():
         for name, parameter in twin.named_parameters():
             weight = named[name]
             if name.endswith("linear_qkv.weight"):
-                parts = unpack({name: weight}, shape, gate)
+                parts = unpack({name: weight}, shape, trial.gates)
                 prefix = name.removesuffix("self_attention.linear_qkv.weight")
                 groups = [parts[prefix + part].view(shape.num_kv_heads, -1, shape.hidden_size) for part in QKV]
                 weight = torch.cat(groups, dim=1).view(-1, shape.hidden_size)
@@ -210,8 +233,9 @@ def saturate(model):
             layer.input_layernorm.weight[0] = 1.0
             attention.linear_proj.weight[0] = 0.0
             layer.mlp.linear_fc2.weight[0] = 0.0
-            if hasattr(attention, "gate_parameter"):
-                attention.gate_parameter.fill_(100.0)
+            if attention.gate_parameters:
+                for parameter in attention.gate_parameters.values():
+                    parameter.fill_(100.0)
             elif hasattr(attention, "linear_gate"):
                 attention.linear_gate.weight.zero_()[:, 0] = 100.0
             else:
@@ -300,14 +324,14 @@ def test_zero_init_starts_the_gate_at_a_half_and_leaves_the_rest_alone(world, po
             with device.on("cpu"):
                 device.seed_everything(1, "cpu")
                 model = layer_specs.build_model(trial, Layout(), "cpu")
-            weights[init] = unpack(dict(model.named_parameters()), trial.model, trial.gate)
+            weights[init] = unpack(dict(model.named_parameters()), trial.model, trial.gates)
         assert all(
-            bool((weights["zero"][name] == weight).all()) != name.endswith("w_gate")
+            bool((weights["zero"][name] == weight).all()) != (".w_gate_" in name)
             for name, weight in weights["normal"].items()
         )
         for layer in range(SMALL.num_layers):
-            assert not weights["zero"][f"decoder.layers.{layer}.w_gate"].any()
-            assert 0.01 < weights["normal"][f"decoder.layers.{layer}.w_gate"].std() < 0.03
+            assert not weights["zero"][f"decoder.layers.{layer}.w_gate_{position}"].any()
+            assert 0.01 < weights["normal"][f"decoder.layers.{layer}.w_gate_{position}"].std() < 0.03
 
 
 def test_a_zero_dense_gate_starts_at_zero_logits(world):
@@ -331,7 +355,7 @@ def test_input_independent_gates_start_at_zero_logits(world):
             device.seed_everything(1, "cpu")
             trial = small_trial(GateConfig(position=position, input="none"))
             model = layer_specs.build_model(trial, Layout(), "cpu")
-        assert not any(layer.self_attention.gate_parameter.any() for layer in model.decoder.layers)
+        assert not any(layer.self_attention.gate_parameters[position].any() for layer in model.decoder.layers)
 
 
 @pytest.mark.parametrize(

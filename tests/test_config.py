@@ -183,6 +183,8 @@ def test_a_world_is_the_product_of_its_layout():
 FULL = trial(GateConfig(position="sdpa"), data=DataConfig(corpus_sha256="c" * 64, tokenizer_sha256="t" * 64))
 
 OTHER_VALUES = {
+    "sdpa_output": "silu",
+    "more_gates": (GateConfig(position="dense"),),
     "granularity": "headwise",
     "sharing": "head_shared",
     "combine": "additive",

@@ -27,7 +27,14 @@ def built(world):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_closed_form_parameters_are_the_built_models(built, preset):
     kinds = KINDS if preset == "cpu-tiny" else {name: KINDS[name] for name in ("baseline", "sdpa-elementwise-hidden")}
-    for gate, changes in itertools.product(kinds.values(), ({}, {"tied_embeddings": False}, {"qk_norm": False})):
+    shapes: tuple[dict[str, object], ...] = (
+        {},
+        {"tied_embeddings": False},
+        {"qk_norm": False},
+        {"sdpa_output": "group_norm", "sandwich_norm": True},
+        {"softmax_sink": True},
+    )
+    for gate, changes in itertools.product(kinds.values(), shapes):
         trial = shape_of(preset, gate, **changes)
         counted = sum(parameter.numel() for parameter in built(trial).parameters())
         assert counted == accounting.parameters(trial.model, gate, VOCABULARY), (gate, changes)
@@ -72,3 +79,13 @@ def test_closed_form_flops_are_those_of_a_real_forward_pass(world, kind):
     counted = counter.get_total_flops() / tokens.numel()
     closed_form = accounting.forward_flops_per_token(trial.model, trial.gate, VOCABULARY, sequence)
     assert counted == pytest.approx(closed_form, rel=0.01)
+
+
+def test_closed_form_parameters_count_every_gate_of_several(built):
+    trial = shape_of("cpu-tiny", KINDS["sdpa-headwise-hidden"])
+    several = trial.model_copy(
+        update={"more_gates": (KINDS["value-elementwise-none"], KINDS["dense-elementwise-hidden"])}
+    )
+    counted = sum(parameter.numel() for parameter in built(several).parameters())
+    assert counted == accounting.parameters(several.model, several.gates, VOCABULARY)
+    assert counted > accounting.parameters(trial.model, trial.gates, VOCABULARY)

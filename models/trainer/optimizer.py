@@ -42,9 +42,9 @@ def wrap(trial: TrialConfig, model: GPTModel, device: str) -> tuple[DistributedD
         use_distributed_optimizer=on_cuda,
         clip_grad=0.0,  # clipped in ``update``, so that a non-finite gradient never reaches the weights
     )
-    # Any of the two exempts a parameter: one-dimensional ones are norms and biases.
+    # Any match exempts a parameter: one-dimensional ones are norms, biases and sink logits.
     without_decay = ParamKey(
-        name="*gate_parameter",
+        name=("*gate_parameters.*", "*sdpa_norm_weight"),
         predicate=ParamPredicate("one_dimensional", lambda parameter: parameter.ndim == 1),
     )
     optimizer = get_megatron_optimizer(config, [ddp], config_overrides={without_decay: {"wd_mult": 0.0}})

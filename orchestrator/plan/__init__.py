@@ -189,7 +189,7 @@ def _trial(sweep: Sweep, cell: _Cell, seed: int) -> PlannedTrial:
     config = cell.config.model_copy(update={"seed": seed})
     vocab_size = config.data.vocab_size
     flops_per_token = accounting.training_flops_per_token(
-        config.model, config.gate, vocab_size, config.data.sequence_length
+        config.model, config.gates, vocab_size, config.data.sequence_length
     )
     return PlannedTrial(
         position=-1,
@@ -199,6 +199,6 @@ def _trial(sweep: Sweep, cell: _Cell, seed: int) -> PlannedTrial:
         config=config,
         fingerprint=config.fingerprint(),
         layout=sweep.resources.layout,
-        num_parameters=accounting.parameters(config.model, config.gate, vocab_size),
+        num_parameters=accounting.parameters(config.model, config.gates, vocab_size),
         training_flops=flops_per_token * config.train.num_steps * config.train.batch_tokens,
     )

@@ -48,12 +48,12 @@ def matched(config: TrialConfig, sweep: Sweep, arm: str) -> TrialConfig:
     An arm that sets ``model.ffn_size`` itself keeps it.
     """
     match: MatchConfig = sweep.match
-    if match.by == "none" or config.gate is None or "ffn_size" in sweep.arms[arm].get("model", {}):
+    if match.by == "none" or not config.gates or "ffn_size" in sweep.arms[arm].get("model", {}):
         return config
     multiple = match.ffn_multiple or default_ffn_multiple(config.model)
     multiple = math.lcm(multiple, sweep.resources.layout.tensor)
     match_width = match_ffn_size if match.by == "parameters" else match_ffn_size_for_flops
-    model = config.model.model_copy(update={"ffn_size": match_width(config.model, config.gate, multiple)})
+    model = config.model.model_copy(update={"ffn_size": match_width(config.model, config.gates, multiple)})
     return config.model_copy(update={"model": model})
 
 

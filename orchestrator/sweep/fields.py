@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
 from types import NoneType
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
@@ -52,7 +52,8 @@ def section_of(config: type[BaseModel], nullable: bool = False) -> KnownSection:
     """The fields of a pydantic class, classes within it as sections."""
     known: dict[str, KnownField | KnownSection] = {}
     for name, info in config.model_fields.items():
-        members = get_args(info.annotation) or (info.annotation,)
+        # A list of sections (more_gates) is one value: it is set as a whole.
+        members = () if get_origin(info.annotation) is tuple else get_args(info.annotation) or (info.annotation,)
         inner = next((kind for kind in members if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
         if inner is not None:
             known[name] = section_of(inner, nullable=NoneType in members)
@@ -102,8 +103,13 @@ def check_value(known: KnownField, value: object) -> object:
     try:
         if not (too_large and "whole" in known.allowed):
             return known.adapter.validate_python(value)
-    except ValidationError:
-        pass
+    except ValidationError as error:
+        first = error.errors()[0]
+        if first["loc"]:
+            where = ".".join(str(part) for part in first["loc"])
+            raise ValueError(
+                f"{where}: {first['msg'].removeprefix('Value error, ')}; allowed: {known.allowed}"
+            ) from error
     suggestion = nearest(value, known.choices) if isinstance(value, str) else ""
     raise ValueError(f"got {describe(value)}; allowed: {known.allowed}{suggestion}")
 
