@@ -197,7 +197,7 @@ VALUES = [
     ("name: small", "name: Small Sweep", "x.yaml:1:7: name: got 'Small Sweep'; allowed: lower-case letters, digits, - and _"),
     ("question: Does it help?", "question: ''", "x.yaml:2:11: question: got ''; allowed: text, not empty"),
     ("  g1: {", "  g.1: {", "x.yaml:11:3: arms.g.1: the arm's name: got 'g.1'; allowed: letters, digits, - and _"),
-    ("  g1: {", "  g2: 3\n  g1: {", "x.yaml:11:7: arms.g2: got 3; allowed: a mapping with keys among model, gate, data, train, precision"),
+    ("  g1: {", "  g2: 3\n  g1: {", "x.yaml:11:7: arms.g2: got 3; allowed: a mapping with keys among model, gate, more_gates, data, train, precision"),
     ("gate: {position: sdpa, granularity: headwise}", "gate: {}", "x.yaml:11:14: arms.g1.gate: got an empty mapping; allowed:"),
     ("gate: {position: sdpa, granularity: headwise}", "seed: 3", "x.yaml:11:8: arms.g1.seed: the seed is no part of an arm"),
     ("train.lr: [", "seed: [", "axes.seed: the seed is no part of an arm or a cell"),
