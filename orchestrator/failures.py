@@ -57,12 +57,12 @@ class Consequence:
 def consequence(ending: Ending, earlier: Sequence[AttemptRow], retry: RetryConfig) -> Consequence:
     """What follows from an attempt's end. ``earlier`` are the trial's attempts that count against its budgets."""
     summary, wish = ending.summary, ending.wish
+    if wish is not None and wish.kind == "divergence" and wish.rule != NONFINITE:
+        # Decided by the records alone, so it holds however the attempt went on after them, not finite included.
+        return Consequence("DIVERGED", wish.rule, wish.reason, wish.step)
     nonfinite_step = _nonfinite_step(ending)
     if nonfinite_step is not None:
         return _after_nonfinite(nonfinite_step, _nonfinite_reason(ending), earlier)
-    if wish is not None and wish.kind == "divergence":
-        # Decided by the records alone, so it holds however the attempt went on after them.
-        return Consequence("DIVERGED", wish.rule, wish.reason, wish.step)
     if summary is not None and summary.outcome == "complete":
         return Consequence("COMPLETE", "complete", f"all {summary.step} steps", summary.step)
     if wish is not None:
@@ -101,5 +101,5 @@ def _retried(cause: str, reason: str, earlier: Sequence[AttemptRow], budget: int
     spent = sum(attempt.cause in group for attempt in earlier)
     if spent < budget:
         return Consequence("WAITING", cause, f"{reason}; retry {spent + 1} of {budget}")
-    retries = "no retry allowed" if budget == 0 else f"all {budget} retries used"
+    retries = {0: "no retry allowed", 1: "the only retry is used"}.get(budget, f"all {budget} retries used")
     return Consequence("FAILED", cause, f"{reason}; {retries}")

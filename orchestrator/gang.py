@@ -6,12 +6,15 @@ starts at once. All calls here return without waiting; the controller polls.
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import hashlib
 import importlib
 import os
 import re
 import socket
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -26,6 +29,9 @@ from models.run_dir import AttemptSpec, Summary, metrics_path
 from orchestrator.sweep import UserError
 
 PACKAGES = ("models", "orchestrator")
+CONNECT_SECONDS = 10.0
+DEATH_NEWS_SECONDS = 5.0
+"""How long a gang with a failed rank is given to show a dead one: the survivors' broken collectives are told first."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +71,9 @@ class GangEnd:
     error: str | None = None
     """Class and message of what Ray or the training raised."""
     rank_died: bool = False
-    """A rank's process is gone (killed, out of memory, its node lost), as opposed to an exception in it."""
+    """A rank is gone or out of reach (killed, out of memory, its node lost), as opposed to an exception in it."""
+    rank: int = 0
+    """Whose error it is, and whose log tells more."""
 
 
 def source_hash() -> str:
@@ -76,6 +84,18 @@ def source_hash() -> str:
         for path in sorted(folder.rglob("*.py")):
             digest.update(f"{package}/{path.relative_to(folder)}".encode() + path.read_bytes())
     return digest.hexdigest()[:16]
+
+
+class RankError(Exception):
+    """What a rank raised, as text: the driver would load torch to unpickle an error of Megatron's or the trainer's."""
+
+
+@contextlib.contextmanager
+def _errors_as_text() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise RankError(_words(error)) from None
 
 
 class _Rank:
@@ -100,17 +120,22 @@ class _Rank:
             where = Path(str(importlib.import_module("models").__file__)).parent
             raise RuntimeError(
                 f"rank {self.rank} on {socket.gethostname()} runs other code than the driver: package models at "
-                f"{where} has hash {own}, the driver's is {driver_hash}; install the same version on every node"
+                f"{where} has hash {own}, the driver's is {driver_hash}; install the same version on every node, "
+                "and when a file was edited while the sweep ran, run it again"
             )
-        trainer = importlib.import_module("models.trainer")
-        self.world = trainer.World.join(self.rank, self.layout, self.device, init_method, num_threads=self.num_threads)
+        with _errors_as_text():
+            trainer = importlib.import_module("models.trainer")
+            self.world = trainer.World.join(
+                self.rank, self.layout, self.device, init_method, num_threads=self.num_threads
+            )
         return {"host": socket.gethostname(), "pid": os.getpid()}
 
     def train(self, spec: str) -> str:
         trainer = importlib.import_module("models.trainer")
         attempt = AttemptSpec.model_validate_json(spec)
         self.attempt_dir = attempt.attempt_dir
-        summary: Summary = trainer.train(attempt, self.world, lambda: self.stop_token == attempt.token)
+        with _errors_as_text():
+            summary: Summary = trainer.train(attempt, self.world, lambda: self.stop_token == attempt.token)
         return summary.model_dump_json()
 
     def written(self) -> int:
@@ -139,6 +164,7 @@ class Gang:
         self._joins = [rank.join.remote(meeting, driver_hash) for rank in self._ranks]
         self._trains: list[Any] = []
         self._written: Any = None
+        self._failed_since: float | None = None
         self.members: list[dict[str, Any]] = []
         """Host and pid of every rank, once it is up."""
         self.num_attempts = 0
@@ -172,7 +198,7 @@ class Gang:
     def launch(self, spec: AttemptSpec) -> None:
         assert self.state is GangState.IDLE, self.state
         self._trains = [rank.train.remote(spec.model_dump_json()) for rank in self._ranks]
-        self._written = None
+        self._written = self._failed_since = None
         self.num_attempts += 1
         self.state = GangState.BUSY
 
@@ -196,16 +222,21 @@ class Gang:
     def poll_end(self) -> GangEnd | None:
         """The attempt's end, None while it runs. The gang is IDLE after a good end, to be dismissed after a bad one."""
         done, waiting = ray.wait(self._trains, num_returns=len(self._trains), timeout=0)
-        try:
-            summaries = ray.get(done)
-        except ray.exceptions.RayActorError as error:
-            return GangEnd(summary=None, error=_death(error), rank_died=True)
-        except Exception as error:
-            return GangEnd(summary=None, error=_words(error))
+        answers = {self._trains.index(train): _answer(train) for train in done}
+        errors = [(rank, answer) for rank, answer in answers.items() if isinstance(answer, Exception)]
+        if errors:
+            # The most telling one: a death, then what a rank raised, then a collective that broke for its sake.
+            rank, error = min(errors, key=lambda one: _blame(one[1]))
+            self._failed_since = self._failed_since or time.monotonic()
+            is_death = isinstance(error, ray.exceptions.RayActorError)
+            if waiting and not is_death and time.monotonic() - self._failed_since < DEATH_NEWS_SECONDS:
+                return None
+            words = _death(error) if is_death else _words(error)
+            return GangEnd(summary=None, error=words, rank_died=_blame(error) != _RAISED, rank=rank)
         if waiting:
             return None
         self.state = GangState.IDLE
-        return GangEnd(summary=Summary.model_validate_json(summaries[0]))
+        return GangEnd(summary=Summary.model_validate_json(answers[0]))
 
     def dismiss(self) -> None:
         """Kill every rank and give the resources back."""
@@ -222,6 +253,8 @@ class Cluster:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         # Ray would hide the GPUs from ranks that ask for none, and warn about it.
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        if address is not None:
+            _refuse_unreachable(address)
         try:
             ray.init(
                 address=address or "local",
@@ -232,6 +265,9 @@ class Cluster:
             )
         except ConnectionError as error:
             raise UserError(f"no Ray cluster at {address!r}: {error}") from error
+        except Exception as error:
+            # An overloaded machine: Ray gives its own processes a time limit.
+            raise UserError(f"Ray did not start here, try again: {type(error).__name__}: {error}") from error
         _hush()
         self._driver_hash = source_hash()
 
@@ -265,6 +301,17 @@ class Cluster:
         return Gang(shape, num_threads, self._driver_hash)
 
 
+def _refuse_unreachable(address: str) -> None:
+    """UserError when nobody listens at ``host:port``: Ray would try for minutes, and print all the while."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        return  # "auto" and the like: Ray knows
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
+    except OSError as error:
+        raise UserError(f"no Ray cluster at {address!r}: {error}") from error
+
+
 def _hush() -> None:
     """Ray prints a paragraph for every dead worker, whatever log_to_driver says; the controller tells it in a line."""
     worker: Any = importlib.import_module("ray._private.worker")
@@ -272,9 +319,30 @@ def _hush() -> None:
         worker.print_to_stdstream = lambda *_, **__: None
 
 
+def _answer(train: Any) -> Any:
+    """What a rank that is done returned or raised."""
+    try:
+        return ray.get(train)
+    except Exception as error:
+        return error
+
+
+_DEATH, _RAISED, _BROKEN = range(3)
+_BROKEN_COLLECTIVE = re.compile(r"gloo/transport/|Gloo connectFullMesh|NCCL error|DistBackendError|DistNetworkError")
+
+
+def _blame(error: Exception) -> int:
+    """How much an error tells about why a gang failed, the least telling last."""
+    if isinstance(error, ray.exceptions.RayActorError):
+        return _DEATH
+    return _BROKEN if _BROKEN_COLLECTIVE.search(_words(error)) else _RAISED
+
+
 def _words(error: BaseException) -> str:
     """Class and message of the original error, without Ray's frames around it."""
     cause = getattr(error, "cause", None) or error
+    if isinstance(cause, RankError):
+        return str(cause)
     text = str(cause).strip() or type(cause).__name__
     return f"{type(cause).__name__}: {text}"[:4000]
 

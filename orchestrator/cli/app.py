@@ -106,8 +106,12 @@ def query(
         sys.stdout.write(frame.to_csv(index=False))
     elif format is FrameFormat.JSON:
         sys.stdout.write(frame.to_json(orient="records", indent=2, date_format="iso") + "\n")
+    elif len(frame):
+        # A column of nothing but NULL holds None, which na_rep does not cover.
+        shown = frame.map(lambda value: "NULL" if value is None else value)
+        print(shown.to_string(index=False, na_rep="NULL"))
     else:
-        print(frame.to_string(index=False, na_rep="NULL") if len(frame) else "no rows")
+        print("no rows")
 
 
 @app.command()

@@ -16,6 +16,8 @@ from orchestrator.controller import Running, Snapshot
 
 REFRESHES_PER_SECOND = 4
 LINE_EVERY_SECONDS = 15.0
+BAR_WIDTH = 12
+NUM_COLUMNS = 6
 
 
 class PlainView:
@@ -80,6 +82,9 @@ def totals(snapshot: Snapshot) -> str:
 
 def render(snapshot: Snapshot) -> Group:
     table = Table.grid(padding=(0, 2))
+    # In a narrow terminal the name is cut; a number never is, and no line wraps.
+    for is_number in (False, *[True] * (NUM_COLUMNS - 1)):
+        table.add_column(no_wrap=is_number)
     for running in snapshot.running:
         table.add_row(*_cells(running))
     return Group(Text(totals(snapshot), style="bold"), table)
@@ -90,8 +95,8 @@ def _cells(running: Running) -> tuple[Text | ProgressBar, ...]:
     loss = "-" if running.loss_nats is None else f"{running.loss_nats:.4f} nats"
     speed = "-" if running.tokens_per_second is None else f"{running.tokens_per_second:,.0f} tok/s"
     return (
-        Text(name),
-        ProgressBar(total=running.num_steps, completed=running.step, width=20),
+        Text(name, no_wrap=True, overflow="ellipsis"),
+        ProgressBar(total=running.num_steps, completed=running.step, width=BAR_WIDTH),
         Text(f"{running.step}/{running.num_steps}"),
         Text(loss),
         Text(speed),

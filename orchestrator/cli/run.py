@@ -11,34 +11,43 @@ from rich.console import Console
 from orchestrator import report
 from orchestrator.cli.home import Home
 from orchestrator.cli.live import view_for
-from orchestrator.controller import Controller, SweepStopped
+from orchestrator.controller import Controller, SweepStopped, is_dead
 from orchestrator.gang import Cluster
 from orchestrator.plan import Plan
 from orchestrator.search import StudyMirror
-from orchestrator.store import Store
+from orchestrator.store import LeaseLost, Store
 from orchestrator.sweep import Sweep, UserError
 from orchestrator.tracking import Mirror
 
 FINISHED = ("COMPLETE", "DIVERGED", "PRUNED")
 INTERRUPTED_EXIT, FAILED_EXIT = 130, 1
 MIRROR_CATCH_UP_SECONDS = 60.0
+CELLS_NAMED = 4
+"""Cells listed under a reason that refuses them; gatesweep plan lists all."""
 
 
 def refuse(plan: Plan) -> None:
     """UserError when a cell cannot run: nothing of the sweep is started then."""
     if plan.refusals:
-        reasons = [f"  {one.arm} {one.axes or ''}: {one.reason}" for one in plan.refusals]
-        raise UserError(
-            "\n".join([f"{plan.sweep.path}: {len(reasons)} cell(s) are refused, nothing was started:", *reasons])
-        )
+        lines = [f"{plan.sweep.path}: {len(plan.refusals)} cell(s) are refused, nothing was started:"]
+        for reason in dict.fromkeys(one.reason for one in plan.refusals):
+            same = [one for one in plan.refusals if one.reason == reason]
+            cells = [", ".join([one.arm, *(f"{name}={value}" for name, value in one.axes.items())]) for one in same]
+            more = [f"and {len(cells) - CELLS_NAMED} more"] if len(cells) > CELLS_NAMED else []
+            lines += [f"  {reason}", f"    {'; '.join([*cells[:CELLS_NAMED], *more])}"]
+        raise UserError("\n".join(lines))
 
 
 def run_sweep(plan: Plan, home: Home, address: str | None, console: Console) -> int:
     """Store the plan, run what is missing, print the table; the exit code."""
     refuse(plan)
-    home.directory.mkdir(parents=True, exist_ok=True)
+    try:
+        home.directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"GATESWEEP_HOME {home.directory} can't be made: {error.strerror}") from error
     sweep = plan.sweep
     with Store(home.store_url) as store:
+        _refuse_second(store, sweep.name)
         added = store.add(plan)
         states = [trial.state for trial in store.trials(added.sweep_id)]
         missing = sum(state in ("WAITING", "RUNNING") for state in states)
@@ -61,6 +70,14 @@ def run_sweep(plan: Plan, home: Home, address: str | None, console: Console) -> 
     return exit_code or (FAILED_EXIT if failed else 0)
 
 
+def _refuse_second(store: Store, name: str) -> None:
+    """UserError while another controller runs the sweep: adding the plan would change it under that one's feet."""
+    known = [sweep.id for sweep in store.sweeps() if sweep.name == name]
+    held = store.lease_holder(known[0]) if known else None
+    if held is not None and not is_dead(held[0]):
+        raise UserError(f"sweep {name} is run by {held[0]} now; nothing was changed. gatesweep status shows it")
+
+
 def _run_missing(sweep: Sweep, sweep_id: int, store: Store, home: Home, address: str | None, console: Console) -> int:
     mirror = _mirror(store, sweep_id, sweep.name, home)
     with view_for(console) as view, Cluster(address) as cluster:
@@ -72,6 +89,10 @@ def _run_missing(sweep: Sweep, sweep_id: int, store: Store, home: Home, address:
         except SweepStopped as stopped:
             view.tell(f"stopped: {stopped}; the same command goes on from here")
             return INTERRUPTED_EXIT
+        except LeaseLost as lost:
+            raise UserError(
+                f"sweep {sweep.name} was taken over by another run, and this one has ended: {lost}"
+            ) from lost
         finally:
             _close(mirror, store, sweep_id)
     return 0

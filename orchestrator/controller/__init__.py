@@ -3,7 +3,7 @@
 Read ``loop``, then ``snapshot`` (what it shows while it runs), ``resume`` and ``provenance``.
 """
 
-from orchestrator.controller.loop import Controller, SweepStopped
+from orchestrator.controller.loop import Controller, SweepStopped, is_dead
 from orchestrator.controller.snapshot import Running, Snapshot, View
 
-__all__ = ["Controller", "Running", "Snapshot", "SweepStopped", "View"]
+__all__ = ["Controller", "Running", "Snapshot", "SweepStopped", "View", "is_dead"]

@@ -13,13 +13,13 @@ from typing import Self
 
 from models import run_dir
 from models.run_dir import AttemptSpec, StepRecord
-from orchestrator.controller.provenance import provenance
-from orchestrator.controller.resume import resume_point
+from orchestrator.controller.provenance import data_hashes, provenance
+from orchestrator.controller.resume import attempt_dir, resume_point
 from orchestrator.controller.snapshot import Running, Snapshot, View
-from orchestrator.failures import Consequence, Ending, Wish, consequence
+from orchestrator.failures import NONFINITE, Consequence, Ending, Wish, consequence
 from orchestrator.gang import Cluster, Gang, GangEnd, GangShape, GangState
-from orchestrator.search import Search
-from orchestrator.store import AttemptRow, Lease, LeaseHeld, Store, TrialRow, TrialTaken
+from orchestrator.search import Record, Search, Stop
+from orchestrator.store import AttemptRow, FinishedIsFinal, Lease, LeaseHeld, Store, TrialRow, TrialTaken
 from orchestrator.sweep import Sweep, UserError
 from orchestrator.tracking import Mirror
 
@@ -56,9 +56,9 @@ class _Attempt:
 
 
 def trial_name(trial: TrialRow) -> str:
-    axes = " ".join(f"{name.rpartition('.')[2]}={value:g}" if isinstance(value, float) else f"{name}={value}"
-                    for name, value in trial.axes.items())  # fmt: skip
-    return f"{trial.arm} {axes} seed={trial.seed}".replace("  ", " ")
+    axes = [f"{name.rpartition('.')[2]}={value:g}" if isinstance(value, float) else f"{name.rpartition('.')[2]}={value}"
+            for name, value in trial.axes.items()]  # fmt: skip
+    return " ".join([trial.arm, *axes, f"seed={trial.seed}"])
 
 
 class Controller:
@@ -78,6 +78,7 @@ class Controller:
         self.running: list[_Attempt] = []
         self.search = Search(sweep.name, store.trials(sweep_id), sweep.prune.divergence)
         self.failed_gang_starts = 0
+        self.stop_requests: list[str] = []
         self.stopping: Wish | None = None
         self.stop_deadline = float("inf")
         self.trials: list[TrialRow] = []
@@ -88,8 +89,8 @@ class Controller:
     def __enter__(self) -> Self:
         self.lease = self._acquire_lease()
         self.lease_renewed = self.started = time.monotonic()
-        for fingerprint in [*self.store.take_over(self.lease), *self.store.adopt_orphans(self.lease)]:
-            self.view.tell(f"trial {fingerprint} was left by a controller that is gone; it will be resumed")
+        self._tell_left(self.store.take_over(self.lease))
+        self._tell_left(self.store.adopt_orphans(self.lease))
         return self
 
     def __exit__(
@@ -107,7 +108,7 @@ class Controller:
             try:
                 return self.store.acquire_lease(self.sweep_id, holder, LEASE_SECONDS)
             except LeaseHeld as held:
-                if not _is_dead(held.holder):
+                if not is_dead(held.holder):
                     raise UserError(f"sweep {self.sweep.name}: {held}") from held
                 if not told:
                     self.view.tell(f"the last controller ({held.holder}) is dead; waiting for its lease to run out")
@@ -121,6 +122,7 @@ class Controller:
         capacity = self.cluster.capacity(self.shape)
         while True:
             self._keep_lease()
+            self._heed_requests()
             self._refresh()
             waiting = self._waiting()
             self._start_gangs(min(capacity, len(waiting) + len(self.running)))
@@ -134,20 +136,34 @@ class Controller:
             if time.monotonic() > self.stop_deadline:
                 self._abandon()
             time.sleep(POLL_SECONDS)
-        if self.stopping:
+        if self.stopping and self._unfinished():
             raise SweepStopped(self.stopping.reason)
 
     def request_stop(self, reason: str) -> None:
-        """Ask for a clean stop; safe to call from a signal handler. A second call stops waiting for checkpoints."""
-        if self.stopping is not None:
-            self.stop_deadline = 0.0
-            return
-        self._stop_all(Wish("interrupted", "interrupted", reason))
+        """Ask for a clean stop. A second call stops waiting for checkpoints.
+
+        Safe to call from a signal handler, which may come between any two lines of the loop: it only leaves a note.
+        """
+        self.stop_requests.append(reason)
+
+    def _heed_requests(self) -> None:
+        while self.stop_requests:
+            reason = self.stop_requests.pop(0)
+            if self.stopping is None:
+                self._stop_all(Wish("interrupted", "interrupted", reason))
+            else:
+                self.stop_deadline = 0.0
 
     def _keep_lease(self) -> None:
         if time.monotonic() - self.lease_renewed > LEASE_SECONDS / 5:
             self.store.renew_lease(self.lease, LEASE_SECONDS)
             self.lease_renewed = time.monotonic()
+            # A trial that another sweep shares and ran would be waited for in vain once its controller is gone.
+            self._tell_left(self.store.adopt_orphans(self.lease))
+
+    def _tell_left(self, fingerprints: list[str]) -> None:
+        for fingerprint in fingerprints:
+            self.view.tell(f"trial {fingerprint} was left by a controller that is gone; it will be resumed")
 
     def _waiting(self) -> list[TrialRow]:
         return [] if self.stopping else [trial for trial in self.trials if trial.state == "WAITING"]
@@ -211,12 +227,13 @@ class Controller:
         directory = run_dir.trial_dir(self.home, trial.fingerprint)
         earlier = self.store.attempts(trial.fingerprint)
         resume = resume_point(directory, earlier)
+        self._recover_records(directory, earlier, resume.step)
         try:
             row = self.store.start_attempt(
                 self.lease,
                 trial.fingerprint,
                 layout=self.shape.layout,
-                provenance=provenance(),
+                provenance={**provenance(), **data_hashes(trial.config)},
                 resume_step=resume.step,
                 resumed_from=resume.attempt,
             )
@@ -247,6 +264,12 @@ class Controller:
         self._refresh(now=True)
         again = f", attempt {row.number} from step {resume.step}" if row.number > 1 else ""
         self.view.tell(f"started   {trial_name(trial)}{again}")
+
+    def _recover_records(self, directory: Path, earlier: list[AttemptRow], step: int) -> None:
+        """What attempts wrote and no controller read, since it was killed: the next attempt builds on it."""
+        for attempt in earlier:
+            records, _ = run_dir.read_records(attempt_dir(directory, attempt))
+            self.store.record(self.lease, attempt, [record for record in records if record.step <= step])
 
     def _curve_until(self, trial: TrialRow, step: int) -> list[StepRecord]:
         """What earlier attempts showed, as far as the next one builds on it."""
@@ -284,7 +307,7 @@ class Controller:
             return
         stop = self.search.decide(attempt.trial.fingerprint, records)
         if stop is not None:
-            records = [record for record in records if record.step <= stop.step]
+            records = _up_to(stop, records)
             attempt.wish = Wish("divergence", stop.rule, stop.reason, stop.step)
             attempt.gang.stop(attempt.row.token)
         self.store.record(self.lease, attempt.row, records)
@@ -302,17 +325,22 @@ class Controller:
             self.sweep.retry,
         )
         unsound = end.summary is None
-        self.store.end_attempt(
-            self.lease,
-            row,
-            state=result.state,
-            cause=result.cause,
-            reason=result.reason,
-            end_step=result.end_step,
-            summary=end.summary,
-            log_tail=run_dir.log_tail(attempt.spec.attempt_dir) if unsound else None,
-        )
         self.running.remove(attempt)
+        try:
+            self.store.end_attempt(
+                self.lease,
+                row,
+                state=result.state,
+                cause=result.cause,
+                reason=result.reason,
+                end_step=result.end_step,
+                summary=end.summary,
+                log_tail=run_dir.log_tail(attempt.spec.attempt_dir, end.rank) if unsound else None,
+            )
+        except FinishedIsFinal as taken:
+            # This controller slept past its lease, and another sweep that shares the trial has taken it over.
+            self._lose(attempt.gang, f"{attempt.name} is no longer ours: {taken}")
+            return
         self._refresh(now=True)
         self._tell_search(trial, result)
         self.view.tell(_ended_line(attempt, result, self._final_loss(trial, result)))
@@ -360,6 +388,15 @@ class Controller:
         return left * (sum(known) / len(known)) / len(self.running)
 
 
+def _up_to(stop: Stop, records: list[Record]) -> list[Record]:
+    """Records up to the one that fired the rule. A validation of the same step may come a read later: it never counts,
+    so that the curve does not hang on how the records were cut into reads."""
+    for number, record in enumerate(records, start=1):
+        if record.step == stop.step and (stop.rule != NONFINITE or record.nonfinite):
+            return records[:number]
+    return records
+
+
 def _running_line(attempt: _Attempt) -> Running:
     step = attempt.last.step if attempt.last else attempt.spec.resume_step
     num_steps = attempt.trial.config.train.num_steps
@@ -391,7 +428,15 @@ def _ended_line(attempt: _Attempt, result: Consequence, loss: float | None) -> s
     return f"{word} {attempt.name}: {result.reason}"
 
 
-def _is_dead(holder: str) -> bool:
-    """A controller of this host whose process is gone."""
+def is_dead(holder: str) -> bool:
+    """Whether the holder of a lease was a controller of this host whose process is gone."""
     host, _, pid = holder.rpartition(":")
-    return host == socket.gethostname() and not Path(f"/proc/{pid}").exists()
+    if host != socket.gethostname():
+        return False
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return False

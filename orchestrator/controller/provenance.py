@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import models
+from models.config import TrialConfig
 from orchestrator.gang import source_hash
 
 PACKAGES = ("gatesweep", "torch", "megatron-core", "transformer-engine", "ray", "optuna", "numpy")
@@ -27,6 +28,11 @@ def provenance() -> dict[str, Any]:
         "python": platform.python_version(),
         "driver_host": socket.gethostname(),
     }
+
+
+def data_hashes(config: TrialConfig) -> dict[str, str]:
+    """Of what the trial reads; beside its provenance."""
+    return {"corpus_sha256": config.data.corpus_sha256, "tokenizer_sha256": config.data.tokenizer_sha256}
 
 
 def _version(package: str) -> str | None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from models.run_dir import complete_checkpoints
+from orchestrator.failures import NONFINITE
 from orchestrator.store import AttemptRow
 
 
@@ -18,12 +20,25 @@ class ResumePoint:
     """The attempt that wrote the checkpoint; None: from the start."""
 
 
+def attempt_dir(trial_dir: Path, attempt: AttemptRow) -> Path:
+    return trial_dir / "attempts" / f"{attempt.number:03d}-{attempt.token}"
+
+
 def resume_point(trial_dir: Path, attempts: Sequence[AttemptRow]) -> ResumePoint:
-    """The furthest whole checkpoint of any earlier attempt; of equal ones the newest attempt's."""
-    best = ResumePoint(step=0)
-    for attempt in attempts:
-        folder = trial_dir / "attempts" / f"{attempt.number:03d}-{attempt.token}"
-        newest = next(complete_checkpoints(folder), None)
-        if newest is not None and newest[0] >= best.step:
-            best = ResumePoint(step=newest[0], checkpoint=newest[1], attempt=attempt.number)
+    """The furthest whole checkpoint of any earlier attempt; of equal ones the newest attempt's.
+
+    Only one whose steps the readers of the curve still count: what an attempt wrote after its successor had branched
+    off is nobody's history. And of an attempt that met a non-finite number, only one from before it, so that it is
+    met again or not.
+    """
+    best, visible = ResumePoint(step=0), math.inf
+    for attempt in reversed(attempts):
+        limit = visible
+        if attempt.cause == NONFINITE and attempt.end_step is not None:
+            limit = min(limit, attempt.end_step - 1)
+        for step, path in complete_checkpoints(attempt_dir(trial_dir, attempt)):
+            if best.step < step <= limit:
+                best = ResumePoint(step=step, checkpoint=path, attempt=attempt.number)
+                break
+        visible = min(visible, attempt.resume_step)
     return best

@@ -1,0 +1,219 @@
+"""A cluster without Ray: gangs that write the run dir as a trainer would, a few steps a poll, and fail on cue.
+
+Their losses depend on config and step alone, so that a curve put together from several attempts can be compared with
+an undisturbed one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+from sweep_runs import NoMirror, Watcher, curve_numbers, plan_of
+
+from models import run_dir
+from models.config import TrialConfig
+from models.run_dir import AttemptSpec, Record, StepRecord, Summary, ValidationRecord
+from orchestrator.controller import Controller
+from orchestrator.gang import GangEnd, GangShape, GangState
+from orchestrator.plan import Plan
+from orchestrator.store import Store
+
+STEPS_A_POLL = 3
+
+Fate = Literal["die", "raise", "not finite", "rise", "validation not finite"]
+FateAt = Callable[[AttemptSpec, TrialConfig, int], Fate | None]
+"""What becomes of an attempt after it has done a step; None: it goes on."""
+
+
+def all_goes_well(_spec: AttemptSpec, _config: TrialConfig, _step: int) -> None:
+    return None
+
+
+class FakeGang:
+    def __init__(self, fate: FateAt, start_error: str | None = None) -> None:
+        self.fate, self.start_error = fate, start_error
+        self.state = GangState.STARTING
+        self.members = [{"host": "fake-host", "pid": 1}]
+        self.stop_token: str | None = None
+
+    def poll_start(self) -> str | None:
+        if self.start_error is None and self.state is GangState.STARTING:
+            self.state = GangState.IDLE
+        return self.start_error
+
+    def launch(self, spec: AttemptSpec) -> None:
+        assert self.state is GangState.IDLE
+        self.spec, self.state, self.step = spec, GangState.BUSY, spec.resume_step
+        self.config = run_dir.read_trial_config(Path(spec.trial_dir))
+        if spec.resume_checkpoint is not None:
+            assert (Path(spec.resume_checkpoint) / "fake").read_text() == str(spec.resume_step)
+        run_dir.log_path(spec.attempt_dir, 0).write_text("begin\nthe last words\n")
+
+    def written(self) -> int:
+        path = run_dir.metrics_path(self.spec.attempt_dir)
+        return path.stat().st_size if path.exists() else 0
+
+    def stop(self, token: str) -> None:
+        self.stop_token = token
+
+    def poll_end(self) -> GangEnd | None:
+        if self.state is GangState.DEAD:
+            return GangEnd(None, "process 1 of a rank died: it was dismissed", rank_died=True)
+        for _ in range(STEPS_A_POLL):
+            end = self._one_step()
+            if end is not None:
+                return end
+        return None
+
+    def dismiss(self) -> None:
+        self.state = GangState.DEAD
+
+    def _one_step(self) -> GangEnd | None:
+        self.step += 1
+        fate = self.fate(self.spec, self.config, self.step)
+        self._write(fake_step(self.config, self.step, fate))
+        if fate == "die":
+            return GangEnd(None, "process 1 of a rank died: SIGKILL", rank_died=True)
+        if fate == "raise":
+            return GangEnd(None, "ValueError: the corpus is gone")
+        if fate == "not finite":
+            return self._ended("nonfinite", f"loss nan, gradient norm nan at step {self.step}")
+        if self.step in self.config.validation_steps():
+            self._write(fake_validation(self.config, self.step, fate))
+        if self.step == self.config.train.num_steps:
+            return self._ended("complete")
+        every = self.spec.checkpoint_every_steps
+        if every and self.step % every == 0:
+            self.save()
+        if self.stop_token == self.spec.token:
+            self.save()
+            return self._ended("stopped")
+        return None
+
+    def save(self) -> None:
+        folder = run_dir.checkpoint_path(self.spec.attempt_dir, self.step)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "fake").write_text(str(self.step))
+
+    def _write(self, record: Record) -> None:
+        with run_dir.metrics_path(self.spec.attempt_dir).open("a") as stream:
+            stream.write(run_dir.record_line(record))
+
+    def _ended(self, outcome: str, error: str | None = None) -> GangEnd:
+        self.state = GangState.IDLE
+        facts = {"outcome": outcome, "step": self.step, "resume_step": self.spec.resume_step, "error": error}
+        return GangEnd(Summary.model_validate({**facts, "seconds": 1.0, "tokens_per_second": 100.0}))
+
+
+def fake_loss(config: TrialConfig, step: int) -> float:
+    """Falling, and different for every trial and step."""
+    digest = hashlib.sha256(f"{config.fingerprint()} {step}".encode()).digest()
+    return 3.0 - 0.01 * step + digest[0] / 10_000
+
+
+def fake_step(config: TrialConfig, step: int, fate: Fate | None) -> StepRecord:
+    loss = None if fate == "not finite" else fake_loss(config, step) + (5.0 if fate == "rise" else 0.0)
+    return StepRecord(
+        step=step,
+        tokens=step * config.train.batch_tokens,
+        fraction=step / config.train.num_steps,
+        lr=config.train.lr,
+        loss_nats=loss,
+        gradient_norm=None if loss is None else 1.0,
+        tokens_per_second=1000.0,
+        nonfinite=loss is None,
+    )
+
+
+def fake_validation(config: TrialConfig, step: int, fate: Fate | None = None) -> ValidationRecord:
+    loss = None if fate == "validation not finite" else fake_loss(config, step) + 0.1
+    return ValidationRecord(
+        step=step,
+        tokens=step * config.train.batch_tokens,
+        fraction=step / config.train.num_steps,
+        split="slice",
+        loss_nats=loss,
+        bits_per_byte=None if loss is None else loss / math.log(2),
+        num_tokens=1024,
+        num_bytes=1024,
+        nonfinite=loss is None,
+    )
+
+
+class FakeCluster:
+    def __init__(self, capacity: int = 2, fate: FateAt = all_goes_well, start_error: str | None = None) -> None:
+        self.num_gangs, self.fate, self.start_error = capacity, fate, start_error
+        self.gangs: list[FakeGang] = []
+
+    def capacity(self, shape: GangShape) -> int:
+        return self.num_gangs
+
+    def start_gang(self, shape: GangShape, num_threads: int) -> FakeGang:
+        self.gangs.append(FakeGang(self.fate, self.start_error))
+        return self.gangs[-1]
+
+
+@dataclass
+class Bench:
+    """A home, its store, and controllers over fake gangs."""
+
+    home: Path
+    store: Store
+
+    def controller(self, plan: Plan, cluster: Any, watcher: Watcher | None = None) -> Controller:
+        sweep_id = self.store.add(plan).sweep_id
+        return Controller(plan.sweep, sweep_id, self.store, cluster, NoMirror(), self.home, watcher or Watcher())  # type: ignore[arg-type]
+
+    def run(self, plan: Plan, fate: FateAt = all_goes_well, capacity: int = 2) -> Watcher:
+        watcher = Watcher()
+        with self.controller(plan, FakeCluster(capacity, fate), watcher) as controller:
+            controller.run()
+        return watcher
+
+    def trials(self, plan: Plan) -> dict[str, Any]:
+        """By arm and seed, as in ``g1/1``."""
+        rows = self.store.trials(self.store.sweep(plan.sweep.name).id)
+        return {f"{row.arm}/{row.seed}": row for row in rows}
+
+    def states(self, plan: Plan) -> dict[str, str]:
+        return {name: row.state for name, row in self.trials(plan).items()}
+
+    def curves(self, plan: Plan) -> dict[str, list[tuple[Any, ...]]]:
+        return {row.fingerprint: curve_numbers(self.store, row.fingerprint) for row in self.trials(plan).values()}
+
+
+@contextlib.contextmanager
+def bench_in(folder: Path) -> Iterator[Bench]:
+    with Store(f"sqlite:///{folder / 'gatesweep.db'}") as store:
+        yield Bench(folder, store)
+
+
+@pytest.fixture
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
+    monkeypatch.setattr("orchestrator.controller.loop.POLL_SECONDS", 0.0)
+    with bench_in(tmp_path / "home") as opened:
+        yield opened
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Plan:
+    """Two arms, one seed, 20 steps, a checkpoint every 5."""
+    return plan_of(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[tuple[Any, ...]]]:
+    """The curves of ``plan`` when nothing goes wrong. Fingerprints do not hang on where the corpus lies."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    plan = plan_of(folder)
+    with pytest.MonkeyPatch.context() as patch, bench_in(folder) as calm:
+        patch.setattr("orchestrator.controller.loop.POLL_SECONDS", 0.0)
+        calm.run(plan)
+        return calm.curves(plan)

@@ -1,0 +1,281 @@
+"""Gangs on a real Ray. One cluster for the session; gangs are shared where a test leaves them well."""
+
+# ruff: noqa: F811 (fixtures are imported by name)
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from sweep_runs import LONG, attempt_spec, cluster, plan_of, wait_for, written_numbers  # noqa: F401
+
+from models.config import Layout, TrialConfig
+from models.run_dir import AttemptSpec, StepRecord, complete_checkpoints, read_records
+from orchestrator import gang as gangs
+from orchestrator.gang import Cluster, Gang, GangEnd, GangShape, GangState
+from orchestrator.sweep import UserError
+
+ONE_RANK = GangShape(Layout(), cpus_per_rank=1, gpus_per_rank=0)
+TWO_RANKS = GangShape(Layout(tensor=2), cpus_per_rank=1, gpus_per_rank=0)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def configs(home: Path) -> list[TrialConfig]:
+    """Baseline and gated arm, 20 steps each."""
+    return [trial.config for trial in plan_of(home).trials]
+
+
+@pytest.fixture(scope="module")
+def long_config(home: Path) -> TrialConfig:
+    return plan_of(home, LONG).trials[0].config
+
+
+@contextlib.contextmanager
+def started(cluster: Cluster, shape: GangShape) -> Iterator[Gang]:
+    gang = cluster.start_gang(shape, num_threads=1)
+    try:
+
+        def is_idle() -> bool:
+            error = gang.poll_start()
+            assert error is None, error
+            return gang.state is GangState.IDLE
+
+        wait_for(is_idle, "a gang to start")
+        yield gang
+    finally:
+        gang.dismiss()
+
+
+@pytest.fixture(scope="module")
+def gang(cluster: Cluster) -> Iterator[Gang]:
+    """A gang of one rank that serves one test after the other."""
+    with started(cluster, ONE_RANK) as one:
+        yield one
+
+
+def end_of(gang: Gang) -> GangEnd:
+    return wait_for(gang.poll_end, "an attempt to end")
+
+
+def until_it_trains(gang: Gang) -> None:
+    wait_for(lambda: (gang.written() or 0) > 0, "a first record")
+
+
+def losses(spec: AttemptSpec) -> list[float]:
+    records = read_records(spec.attempt_dir)[0]
+    return [record.loss_nats or float("nan") for record in records if isinstance(record, StepRecord)]
+
+
+def test_capacity_counts_whole_gangs_on_living_nodes(cluster: Cluster, monkeypatch: pytest.MonkeyPatch):
+    nodes = [
+        {"Alive": True, "Resources": {"CPU": 7.0, "GPU": 2.0}},
+        {"Alive": True, "Resources": {"CPU": 4.0}},
+        {"Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0}},
+    ]
+    monkeypatch.setattr(gangs.ray, "nodes", lambda: nodes)
+    assert cluster.capacity(ONE_RANK) == 11
+    assert cluster.capacity(TWO_RANKS) == 5
+    # 2 CPUs a rank: three on the first node and two on the second.
+    assert cluster.capacity(GangShape(Layout(tensor=2), 2, 0)) == 2
+    assert cluster.capacity(GangShape(Layout(), 1, 1)) == 2
+    assert cluster.capacity(GangShape(Layout(), 1, 0.5)) == 4
+
+
+def test_a_gang_that_the_cluster_can_never_hold_is_refused_with_both_figures(cluster: Cluster):
+    with pytest.raises(UserError, match=r"a gang asks for 2 rank\(s\) x 5000 CPU, and the cluster holds 0 such"):
+        cluster.capacity(GangShape(Layout(tensor=2), 5000, 0))
+    with pytest.raises(UserError, match=r"asks for 1 rank\(s\) x 1 CPU \+ 16 GPU"):
+        cluster.capacity(GangShape(Layout(), 1, 16))
+
+
+def test_a_warm_gang_gives_the_numbers_of_a_cold_one_bit_for_bit(
+    gang: Gang, cluster: Cluster, home: Path, configs: list[TrialConfig]
+):
+    first, second = configs
+    for config in (first, second):
+        gang.launch(attempt_spec(home, config, "warm"))
+        end = end_of(gang)
+        assert (end.summary and end.summary.outcome, end.error, end.rank_died) == ("complete", None, False)
+    assert (gang.num_attempts, gang.state) == (2, GangState.IDLE)
+    with started(cluster, ONE_RANK) as cold:
+        assert cold.members[0]["pid"] != gang.members[0]["pid"]
+        cold.launch(attempt_spec(home, second, "cold", number=2))
+        end_of(cold)
+    warm_numbers = written_numbers(attempt_spec(home, second, "warm"))
+    assert len(warm_numbers) == 22
+    assert warm_numbers == written_numbers(attempt_spec(home, second, "cold", number=2))
+
+
+def test_only_its_own_token_stops_an_attempt(
+    gang: Gang, home: Path, configs: list[TrialConfig], long_config: TrialConfig
+):
+    gang.launch(attempt_spec(home, configs[0], "untouched", number=3))
+    gang.stop("long ago")
+    gang.stop("")
+    end = end_of(gang)
+    assert end.summary is not None
+    assert end.summary.outcome == "complete"
+
+    spec = attempt_spec(home, long_config, "stopped")
+    gang.launch(spec)
+    until_it_trains(gang)
+    gang.stop("long ago")
+    gang.stop(spec.token)
+    end = end_of(gang)
+    assert end.summary is not None
+    assert end.summary.outcome == "stopped"
+    assert end.summary.step < long_config.train.num_steps
+    assert [step for step, _ in complete_checkpoints(spec.attempt_dir)] == [end.summary.step]
+    assert gang.state is GangState.IDLE
+
+
+def test_a_stop_that_comes_before_the_attempt_has_begun_is_not_lost(gang: Gang, home: Path, long_config: TrialConfig):
+    spec = attempt_spec(home, long_config, "early", number=2)
+    gang.stop(spec.token)
+    gang.launch(spec)
+    end = end_of(gang)
+    assert end.summary is not None
+    assert (end.summary.outcome, end.summary.step) == ("stopped", 1)
+
+
+def test_a_killed_rank_is_told_in_one_line_that_names_its_process(
+    cluster: Cluster, home: Path, long_config: TrialConfig
+):
+    with started(cluster, ONE_RANK) as gang:
+        gang.launch(attempt_spec(home, long_config, "killed", number=3))
+        until_it_trains(gang)
+        pid = gang.members[0]["pid"]
+        os.kill(pid, signal.SIGKILL)
+        end = end_of(gang)
+    assert (end.summary, end.rank_died) == (None, True)
+    assert end.error is not None
+    assert "\n" not in end.error
+    assert len(end.error) < 300
+    assert f"process {pid} of a rank" in end.error
+    assert "died" in end.error
+
+
+class _Told:
+    """A gang of two ranks whose answers a test writes: an error, a summary, or None while there is none."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.answers: list[object] = [None, None]
+        self.gang = object.__new__(Gang)
+        self.gang.state, self.gang._trains, self.gang._failed_since = GangState.BUSY, [0, 1], None
+        self.now = 100.0
+        monkeypatch.setattr(gangs.ray, "wait", self._wait)
+        monkeypatch.setattr(gangs.ray, "get", self._get)
+        monkeypatch.setattr(gangs.time, "monotonic", lambda: self.now)
+
+    def _wait(self, trains: list[int], num_returns: int, timeout: float) -> tuple[list[int], list[int]]:
+        done = [rank for rank in trains if self.answers[rank] is not None]
+        return done, [rank for rank in trains if rank not in done]
+
+    def _get(self, rank: int) -> object:
+        answer = self.answers[rank]
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+BROKEN = RuntimeError(
+    "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:537] Read error: Connection reset by peer."
+)
+DEATH = gangs.ray.exceptions.RayActorError(error_msg="The actor died.\n\tpid: 4711\n\tip: 10.0.0.2\n")
+
+
+@pytest.mark.parametrize("dead_rank", [0, 1])
+def test_a_death_counts_and_not_the_collective_that_it_broke(monkeypatch: pytest.MonkeyPatch, dead_rank: int):
+    told = _Told(monkeypatch)
+    told.answers[1 - dead_rank] = BROKEN
+    assert told.gang.poll_end() is None  # the survivor is told first: there may be more to come
+    told.answers[dead_rank] = DEATH
+    end = told.gang.poll_end()
+    assert end is not None
+    assert (end.rank_died, end.rank) == (True, dead_rank)
+    assert end.error is not None
+    assert "process 4711 of a rank at 10.0.0.2" in end.error
+
+
+def test_an_error_in_one_rank_ends_a_gang_whose_others_hang_in_a_collective(monkeypatch: pytest.MonkeyPatch):
+    told = _Told(monkeypatch)
+    told.answers[1] = ValueError("a mistake of the user's")
+    assert told.gang.poll_end() is None
+    told.now += gangs.DEATH_NEWS_SECONDS + 0.1
+    end = told.gang.poll_end()
+    assert end == GangEnd(None, "ValueError: a mistake of the user's", rank_died=False, rank=1)
+
+
+def test_an_error_tells_more_than_the_collective_that_it_broke(monkeypatch: pytest.MonkeyPatch):
+    told = _Told(monkeypatch)
+    told.answers = [BROKEN, ValueError("a mistake of the user's")]
+    assert told.gang.poll_end() == GangEnd(None, "ValueError: a mistake of the user's", rank_died=False, rank=1)
+
+
+def test_a_broken_collective_alone_is_the_machines_fault(monkeypatch: pytest.MonkeyPatch):
+    """A node that is out of reach: its death is known long after its connections broke."""
+    told = _Told(monkeypatch)
+    told.answers[0] = BROKEN
+    told.gang.poll_end()
+    told.now += gangs.DEATH_NEWS_SECONDS + 0.1
+    end = told.gang.poll_end()
+    assert end is not None
+    assert end.rank_died
+
+
+def test_a_ray_that_is_not_there_is_told_at_once():
+    with pytest.raises(UserError, match=r"no Ray cluster at '127\.0\.0\.1:1': .*refused"):
+        Cluster("127.0.0.1:1")
+    with pytest.raises(UserError, match=r"no Ray cluster at 'ray://127\.0\.0\.1:1'"):
+        Cluster("ray://127.0.0.1:1")
+
+
+def test_ranks_that_run_other_code_than_the_driver_are_refused(cluster: Cluster):
+    gang = Gang(ONE_RANK, 1, driver_hash="0123456789abcdef")
+    try:
+        error = wait_for(gang.poll_start, "the gang to refuse")
+    finally:
+        gang.dismiss()
+    assert "rank 0" in error
+    assert "runs other code than the driver" in error
+    assert gangs.source_hash() in error
+    assert "0123456789abcdef" in error
+
+
+def test_two_tensor_parallel_ranks_train_as_one_and_end_as_one(
+    gang: Gang, cluster: Cluster, home: Path, configs: list[TrialConfig], long_config: TrialConfig
+):
+    """One gang for both halves: it costs some seconds to start."""
+    gated = configs[1]
+    single = attempt_spec(home, gated, "single", number=4)
+    gang.launch(single)
+    end_of(gang)
+    gang.dismiss()  # its core is needed; this is the module's last test
+
+    with started(cluster, TWO_RANKS) as pair:
+        assert len(pair.members) == 2
+        double = attempt_spec(home, gated, "double", number=5, layout=TWO_RANKS.layout)
+        pair.launch(double)
+        end = end_of(pair)
+        assert end.summary is not None
+        assert end.summary.outcome == "complete"
+        assert losses(double) == pytest.approx(losses(single), rel=1e-4)
+
+        pair.launch(attempt_spec(home, long_config, "torn", number=6, layout=TWO_RANKS.layout))
+        until_it_trains(pair)
+        os.kill(pair.members[1]["pid"], signal.SIGKILL)
+        end = end_of(pair)
+        # Rank 0 is alive and its collective broke, perhaps before the death was known: still the machine's fault.
+        assert (end.summary, end.rank_died) == (None, True)
+        assert end.error is not None
+        assert f"process {pair.members[1]['pid']} of a rank" in end.error
+    assert pair.state is GangState.DEAD

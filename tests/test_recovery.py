@@ -1,0 +1,276 @@
+"""Real training under a real Ray, disturbed: what is killed or stopped ends with the numbers of a calm run.
+
+One sweep is run again and again in new homes: a trial that learns, and one whose learning rate makes it diverge.
+"""
+
+# ruff: noqa: F811 (fixtures are imported by name)
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sweep_runs import NoMirror, Watcher, cluster, curve_numbers, plan_of, wait_for, write_corpus  # noqa: F401
+
+from models import run_dir
+from orchestrator.controller import Controller
+from orchestrator.gang import Cluster, Gang, GangShape
+from orchestrator.plan import Plan
+from orchestrator.store import Store, TrialRow
+
+SWEEP = """\
+name: tiny
+question: does it survive?
+base:
+  model: {preset: cpu-tiny}
+  data: {corpus: corpus.jsonl, sequence_length: 64, validation: {slice_bytes: 1024, points: 2}}
+  train: {tokens: 51200, batch_tokens: 256, warmup_fraction: 0.0}
+baseline: baseline
+arms:
+  baseline: {}
+axes:
+  train.lr: [3e-3, 30.0]
+seeds: [1]
+checkpoint: {every_steps: 20}
+"""
+"""200 steps, some seconds; the second trial diverges in its first ones."""
+
+LEARNS, DIVERGES = "lr=0.003", "lr=30"
+
+
+class OneGang:
+    """The cluster, with room for a single gang: later trials take it over warm."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+
+    def capacity(self, shape: GangShape) -> int:
+        return min(1, self._cluster.capacity(shape))
+
+    def start_gang(self, shape: GangShape, num_threads: int) -> Gang:
+        return self._cluster.start_gang(shape, num_threads)
+
+
+class Home:
+    """A home folder, and controllers in it."""
+
+    def __init__(self, folder: Path, text: str = SWEEP, overrides: Sequence[str] = ()) -> None:
+        self.folder, self.plan = folder, plan_of(folder, overrides, text)
+        self.store = Store(f"sqlite:///{folder / 'runs' / 'gatesweep.db'}")
+
+    def controller(self, cluster: Any, watcher: Watcher, plan: Plan | None = None) -> Controller:
+        plan = plan or self.plan
+        sweep_id = self.store.add(plan).sweep_id
+        home = self.folder / "runs"
+        return Controller(plan.sweep, sweep_id, self.store, cluster, NoMirror(), home, watcher)  # type: ignore[arg-type]
+
+    def run(self, cluster: Any) -> Watcher:
+        watcher = Watcher()
+        with self.controller(cluster, watcher) as controller:
+            controller.run()
+        return watcher
+
+    def trial(self, word: str) -> TrialRow:
+        rows = self.store.trials(self.store.sweep("tiny").id)
+        return next(row for row in rows if word in f"{row.arm} lr={row.axes.get('train.lr', 0):g}")
+
+    def steps_done(self) -> int:
+        """Of the learning trial."""
+        return len(self.store.curve(self.trial(LEARNS).fingerprint).steps)
+
+    def everything(self) -> list[Any]:
+        rows = self.store.trials(self.store.sweep("tiny").id)
+        return [[row, self.store.attempts(row.fingerprint), self.store.curve(row.fingerprint)] for row in rows]
+
+    def result(self, word: str) -> Result:
+        row = self.trial(word)
+        return Result(row.state, row.cause, row.reason, row.end_step, curve_numbers(self.store, row.fingerprint))
+
+
+@dataclass(frozen=True)
+class Result:
+    """All of a trial that must not hang on how it was run."""
+
+    state: str
+    cause: str | None
+    reason: str | None
+    end_step: int | None
+    curve: list[tuple[Any, ...]]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
+    home = Home(tmp_path_factory.mktemp("calm"))
+    home.run(OneGang(cluster))
+    return {word: home.result(word) for word in (LEARNS, DIVERGES)}
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Iterator[Home]:
+    opened = Home(tmp_path)
+    yield opened
+    opened.store.close()
+
+
+def when_it_has_done(num_steps: int, act: Any) -> Any:
+    """A tick handler that acts once, when the learning trial has done some steps of its first attempt."""
+    done: list[bool] = []
+
+    def on_tick(snapshot: Any) -> None:
+        for running in snapshot.running:
+            if not done and LEARNS in running.name and running.step >= num_steps:
+                done.append(True)
+                act()
+
+    return on_tick
+
+
+def test_a_calm_run_ends_well_and_the_high_rate_diverges(undisturbed: dict[str, Result]):
+    learns, diverges = undisturbed[LEARNS], undisturbed[DIVERGES]
+    assert learns.state == "COMPLETE"
+    assert [row[0] for row in learns.curve] == [*range(1, 201), 100, 200]
+    losses = [row[4] for row in learns.curve[:200]]
+    assert sum(losses[-20:]) < 0.8 * sum(losses[:20])
+    assert diverges.state == "DIVERGED"
+    assert diverges.cause in ("loss_above_start", "loss_above_best", "gradient_norm", "nonfinite")
+    assert diverges.end_step is not None
+    assert diverges.reason
+    assert f"{diverges.end_step}" in diverges.reason
+    assert diverges.curve[-1][0] == diverges.end_step < 200
+
+
+def test_a_rank_killed_in_the_middle_costs_an_attempt_and_no_bit(
+    home: Home, cluster: Cluster, undisturbed: dict[str, Result]
+):
+    watcher = Watcher()
+    with home.controller(OneGang(cluster), watcher) as controller:
+
+        def kill() -> None:
+            (attempt,) = controller.running
+            os.kill(attempt.gang.members[0]["pid"], signal.SIGKILL)
+
+        watcher.on_tick = when_it_has_done(50, kill)
+        controller.run()
+    row = home.trial(LEARNS)
+    first, second = home.store.attempts(row.fingerprint)
+    assert (row.state, row.num_attempts, first.cause) == ("COMPLETE", 2, "rank_died")
+    assert 40 <= second.resume_step < 200
+    assert second.resumed_from == 1
+    assert "models.trainer" in (first.log_tail or "")
+    assert home.result(LEARNS) == undisturbed[LEARNS]
+    # Also where and why the other one diverged is the same in a second home.
+    assert home.result(DIVERGES) == undisturbed[DIVERGES]
+
+
+def test_a_file_that_changed_after_planning_fails_its_own_trial_and_a_rerun_mends_it(tmp_path: Path, cluster: Cluster):
+    text = SWEEP.replace("  baseline: {}\n", "  baseline: {}\n  other: {data: {corpus: other.jsonl}}\n")
+    write_corpus(tmp_path / "other.jsonl", seed=1)
+    home = Home(tmp_path, text, ["axes.train.lr=[3e-3]", "train.tokens=5120"])
+    write_corpus(tmp_path / "other.jsonl", seed=2)
+    had_torch = "torch" in sys.modules
+    home.run(OneGang(cluster))
+    assert ("torch" in sys.modules) == had_torch  # the rank's error came as text
+    row = home.trial("other")
+    assert (row.state, row.cause, row.num_attempts) == ("FAILED", "error", 1)
+    assert row.reason is not None
+    assert row.reason.startswith("CorpusError: ")
+    assert "other.jsonl has changed since the sweep was planned" in row.reason
+    log = home.store.attempts(row.fingerprint)[0].log_tail
+    assert log is not None
+    assert "CorpusError" in log
+    assert home.trial("baseline").state == "COMPLETE"
+    fingerprints = [one.fingerprint for one in home.store.trials(home.store.sweep("tiny").id) if one.state == "FAILED"]
+    assert home.store.reopen(home.store.sweep("tiny").id, fingerprints) == 1
+
+    write_corpus(tmp_path / "other.jsonl", seed=1)
+    home.run(OneGang(cluster))
+    assert home.trial("other").state == "COMPLETE"
+    assert home.trial("baseline").num_attempts == 1
+
+
+# -- the program itself -----------------------------------------------------------------------------------------
+
+
+def gatesweep(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    """The command in its own process group, as a shell starts it."""
+    command = [sys.executable, "-c", "import sys; from orchestrator.cli import main; main()", *arguments]
+    environment = {**os.environ, "GATESWEEP_HOME": str(folder / "runs"), "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment.pop("RAY_ADDRESS", None)
+    return subprocess.Popen(
+        command, cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        start_new_session=True,
+    )  # fmt: skip
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=240)
+    return process.returncode, out, err
+
+
+def until_steps(home: Home, num_steps: int, process: subprocess.Popen[str]) -> None:
+    """Wait until the learning trial has that many steps in the store."""
+
+    def there() -> bool:
+        assert process.poll() is None, process.communicate()
+        return home.steps_done() >= num_steps
+
+    wait_for(there, f"{num_steps} steps")
+
+
+def shorten_lease(home: Home) -> None:
+    """A killed controller's lease runs out by itself, in 20 s: time that a test need not wait."""
+    with sqlite3.connect(home.folder / "runs" / "gatesweep.db") as connection:
+        connection.execute("UPDATE lease SET expires_at = 0")
+
+
+def test_the_program_survives_kill_9_and_ctrl_c_and_loses_and_doubles_nothing(
+    home: Home, cluster: Cluster, undisturbed: dict[str, Result]
+):
+    """SIGKILL of the controller, the same command again, Ctrl-C, on to the end, then once more for nothing."""
+    home.store.add(home.plan)
+    first = gatesweep(home.folder, "run", "tiny.yaml")
+    until_steps(home, 30, first)
+    code, out, err = finish(gatesweep(home.folder, "run", "tiny.yaml", "seeds=[1,2]"))
+    assert (code, out) == (2, "")
+    assert re.search(rf"error: sweep tiny is run by \S+:{first.pid} now; nothing was changed", err)
+    os.kill(first.pid, signal.SIGKILL)
+    first.communicate()
+    assert home.trial(LEARNS).state == "RUNNING"
+    shorten_lease(home)
+
+    second = gatesweep(home.folder, "run", "tiny.yaml")
+    until_steps(home, home.steps_done() + 25, second)
+    os.killpg(second.pid, signal.SIGINT)  # as a terminal does: to every process of the group
+    code, out, err = finish(second)
+    assert code == 130, err
+    assert "Traceback" not in err
+    assert "was left by a controller that is gone; it will be resumed" in out
+    assert "stopped: SIGINT; the same command goes on from here" in out
+    row = home.trial(LEARNS)
+    assert (row.state, row.cause) == ("WAITING", "interrupted")
+
+    home.run(OneGang(cluster))
+    row = home.trial(LEARNS)
+    attempts = home.store.attempts(row.fingerprint)
+    assert [one.cause for one in attempts] == ["controller_lost", "interrupted", "complete"]
+    assert 20 <= attempts[1].resume_step < attempts[2].resume_step == attempts[1].end_step
+    assert home.result(LEARNS) == undisturbed[LEARNS]
+    assert home.result(DIVERGES) == undisturbed[DIVERGES]
+    assert len(list((run_dir.trial_dir(home.folder / "runs", row.fingerprint) / "attempts").iterdir())) == 3
+
+    before = home.everything()
+    code, out, err = finish(gatesweep(home.folder, "run", "tiny.yaml"))
+    assert code == 0, err
+    assert out.splitlines()[0] == "tiny: 2 trials, 0 new, 2 finished, 0 to run"
+    assert "started" not in out
+    assert "baseline" in out.partition("\n")[2]
+    assert home.everything() == before
