@@ -28,6 +28,7 @@ from orchestrator.cli.home import Home
 from orchestrator.gang import GangShape
 from orchestrator.store import Store
 from orchestrator.sweep import UserError
+from orchestrator.tracking import Sent
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     monkeypatch.setattr(cli_run, "Cluster", fake)
     monkeypatch.setattr(cli_run, "Mirror", NothingMirrored)
     monkeypatch.setattr(cli_run, "StudyMirror", NothingMirrored)
+    monkeypatch.setattr(cli_run, "mirror", lambda *_: Sent())
     monkeypatch.setattr("orchestrator.controller.loop.POLL_SECONDS", 0.0)
     return fake
 

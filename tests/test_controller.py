@@ -443,7 +443,7 @@ def test_what_a_killed_controller_left_is_taken_over_and_nothing_is_lost(
     run_until_killed(bench, plan, 7, monkeypatch)
     assert bench.states(plan) == {"baseline/1": "RUNNING", "g1/1": "RUNNING"}
     watcher = bench.run(plan)
-    assert sum("was left by a controller that is gone" in line for line in watcher.lines) == 2
+    assert sum("its controller is gone" in line for line in watcher.lines) == 2
     for row in bench.trials(plan).values():
         assert (row.state, row.num_attempts) == ("COMPLETE", 2)
         assert bench.store.attempts(row.fingerprint)[0].cause == "controller_lost"

@@ -15,8 +15,7 @@ from sweep_runs import LONG, attempt_spec, cluster, plan_of, wait_for, written_n
 
 from models.config import Layout, TrialConfig
 from models.run_dir import AttemptSpec, StepRecord, complete_checkpoints, read_records
-from orchestrator import gang as gangs
-from orchestrator.gang import Cluster, Gang, GangEnd, GangShape, GangState
+from orchestrator.gang import Cluster, Gang, GangEnd, GangShape, GangState, gangs, source_hash
 from orchestrator.sweep import UserError
 
 ONE_RANK = GangShape(Layout(), cpus_per_rank=1, gpus_per_rank=0)
@@ -247,7 +246,7 @@ def test_ranks_that_run_other_code_than_the_driver_are_refused(cluster: Cluster)
         gang.dismiss()
     assert "rank 0" in error
     assert "runs other code than the driver" in error
-    assert gangs.source_hash() in error
+    assert source_hash() in error
     assert "0123456789abcdef" in error
 
 

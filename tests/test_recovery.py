@@ -253,7 +253,7 @@ def test_the_program_survives_kill_9_and_ctrl_c_and_loses_and_doubles_nothing(
     code, out, err = finish(second)
     assert code == 130, err
     assert "Traceback" not in err
-    assert "was left by a controller that is gone; it will be resumed" in out
+    assert "its controller is gone; it will be resumed" in out
     assert "stopped: SIGINT; the same command goes on from here" in out
     row = home.trial(LEARNS)
     assert (row.state, row.cause) == ("WAITING", "interrupted")

@@ -17,7 +17,7 @@ from orchestrator.plan import Plan
 from orchestrator.search import StudyMirror
 from orchestrator.store import LeaseLost, Store
 from orchestrator.sweep import Sweep, UserError
-from orchestrator.tracking import Mirror
+from orchestrator.tracking import Mirror, TrackingError, mirror
 
 FINISHED = ("COMPLETE", "DIVERGED", "PRUNED")
 INTERRUPTED_EXIT, FAILED_EXIT = 130, 1
@@ -48,6 +48,7 @@ def run_sweep(plan: Plan, home: Home, address: str | None, console: Console) -> 
     sweep = plan.sweep
     with Store(home.store_url) as store:
         _refuse_second(store, sweep.name)
+        before = _planned(store, sweep.name)
         added = store.add(plan)
         states = [trial.state for trial in store.trials(added.sweep_id)]
         missing = sum(state in ("WAITING", "RUNNING") for state in states)
@@ -56,6 +57,9 @@ def run_sweep(plan: Plan, home: Home, address: str | None, console: Console) -> 
             f"{sum(state in FINISHED for state in states)} finished, {missing} to run",
             highlight=False,
         )
+        forgotten = len(before - {trial.fingerprint for trial in plan.trials})
+        if forgotten:
+            console.print(f"{forgotten} trial(s) of the last submission are not planned any more", highlight=False)
         if missing:
             exit_code = _run_missing(sweep, added.sweep_id, store, home, address, console)
         else:
@@ -70,6 +74,12 @@ def run_sweep(plan: Plan, home: Home, address: str | None, console: Console) -> 
     return exit_code or (FAILED_EXIT if failed else 0)
 
 
+def _planned(store: Store, name: str) -> set[str]:
+    """Fingerprints of the sweep's last submission."""
+    known = [sweep.id for sweep in store.sweeps() if sweep.name == name]
+    return {trial.fingerprint for trial in store.trials(known[0])} if known else set()
+
+
 def _refuse_second(store: Store, name: str) -> None:
     """UserError while another controller runs the sweep: adding the plan would change it under that one's feet."""
     known = [sweep.id for sweep in store.sweeps() if sweep.name == name]
@@ -79,11 +89,12 @@ def _refuse_second(store: Store, name: str) -> None:
 
 
 def _run_missing(sweep: Sweep, sweep_id: int, store: Store, home: Home, address: str | None, console: Console) -> int:
-    mirror = _mirror(store, sweep_id, sweep.name, home)
+    background = _mirror(store, sweep_id, sweep.name, home)
+    console.print(f"connecting to Ray at {address}" if address else "starting a local Ray", highlight=False)
     with view_for(console) as view, Cluster(address) as cluster:
-        mirror.start()
+        background.start()
         try:
-            controller = Controller(sweep, sweep_id, store, cluster, mirror, home.directory, view)
+            controller = Controller(sweep, sweep_id, store, cluster, background, home.directory, view)
             with controller, _clean_stop(controller):
                 controller.run()
         except SweepStopped as stopped:
@@ -94,34 +105,26 @@ def _run_missing(sweep: Sweep, sweep_id: int, store: Store, home: Home, address:
                 f"sweep {sweep.name} was taken over by another run, and this one has ended: {lost}"
             ) from lost
         finally:
-            _close(mirror, store, sweep_id)
+            if not background.close(MIRROR_CATCH_UP_SECONDS):
+                console.print(f"MLflow lacks part of {sweep.name}; the next run, or gatesweep ui, catches up")
     return 0
 
 
 def catch_up(store: Store, home: Home, console: Console) -> None:
-    """Mirror what an outage or a kill kept from MLflow, for every sweep; nothing is imported when nothing is behind."""
+    """Mirror what an outage or a kill kept from MLflow, for every sweep. Nothing is imported when nothing is behind."""
     for sweep in store.sweeps():
-        tracking = [event.kind for event in store.events(sweep.id) if event.kind.startswith("tracking_")]
-        if tracking[-1:] in (["tracking_down"], ["tracking_behind"]) or sweep.mlflow_run_id is None:
-            console.print(f"{sweep.name}: catching up with MLflow at {home.tracking_uri}", highlight=False)
-            mirror = _mirror(store, sweep.id, sweep.name, home)
-            mirror.start()
-            if _close(mirror, store, sweep.id):
-                store.add_event(sweep.id, "tracking_back", "MLflow has everything")
+        try:
+            sent = mirror(store, sweep.id, home.tracking_uri, home.artifact_location)
+        except TrackingError as error:
+            console.print(f"{sweep.name}: MLflow is behind and not reached: {error}", markup=False, highlight=False)
+        else:
+            if sent.num_trials:
+                console.print(f"{sweep.name}: MLflow caught up with {sent.num_trials} trial(s)", highlight=False)
 
 
 def _mirror(store: Store, sweep_id: int, name: str, home: Home) -> Mirror:
     study = StudyMirror(store, sweep_id, name, home.optuna_url)
     return Mirror(store, sweep_id, home.tracking_uri, home.artifact_location, also={"Optuna's copy": study.update})
-
-
-def _close(mirror: Mirror, store: Store, sweep_id: int) -> bool:
-    whole = mirror.close(MIRROR_CATCH_UP_SECONDS)
-    if not whole:
-        store.add_event(
-            sweep_id, "tracking_behind", "MLflow lacks part of the sweep; gatesweep ui, or a run, catches up"
-        )
-    return whole
 
 
 @contextmanager

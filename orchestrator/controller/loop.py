@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import os
-import socket
+import dataclasses
 import time
-from collections import Counter, deque
-from dataclasses import dataclass, field
+from collections import Counter
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from models import run_dir
 from models.run_dir import AttemptSpec, StepRecord
+from orchestrator.controller.lease_holder import is_dead, own_name
 from orchestrator.controller.provenance import data_hashes, provenance
-from orchestrator.controller.resume import attempt_dir, resume_point
-from orchestrator.controller.snapshot import Running, Snapshot, View
-from orchestrator.failures import NONFINITE, Consequence, Ending, Wish, consequence
+from orchestrator.controller.resume import curve_until, recover_records, resume_point
+from orchestrator.controller.running import RunningAttempt, trial_name, up_to
+from orchestrator.controller.snapshot import Snapshot, View
+from orchestrator.failures import Consequence, Ending, Wish, consequence
 from orchestrator.gang import Cluster, Gang, GangEnd, GangShape, GangState
-from orchestrator.search import Record, Search, Stop
-from orchestrator.store import AttemptRow, FinishedIsFinal, Lease, LeaseHeld, Store, TrialRow, TrialTaken
+from orchestrator.search import Search
+from orchestrator.store import FinishedIsFinal, Lease, LeaseHeld, Store, TrialRow, TrialTaken
 from orchestrator.sweep import Sweep, UserError
 from orchestrator.tracking import Mirror
 
@@ -37,30 +37,6 @@ class SweepStopped(Exception):
     """The sweep was stopped cleanly before its end: interrupted, or out of budget. The next run goes on."""
 
 
-@dataclass
-class _Attempt:
-    """A running attempt as the controller follows it."""
-
-    trial: TrialRow
-    row: AttemptRow
-    spec: AttemptSpec
-    gang: Gang
-    offset: int = 0
-    wish: Wish | None = None
-    last: StepRecord | None = None
-    step_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=20))
-
-    @property
-    def name(self) -> str:
-        return trial_name(self.trial)
-
-
-def trial_name(trial: TrialRow) -> str:
-    axes = [f"{name.rpartition('.')[2]}={value:g}" if isinstance(value, float) else f"{name.rpartition('.')[2]}={value}"
-            for name, value in trial.axes.items()]  # fmt: skip
-    return " ".join([trial.arm, *axes, f"seed={trial.seed}"])
-
-
 class Controller:
     """Runs one sweep to its end. A context manager: it holds the sweep's lease and its gangs.
 
@@ -75,7 +51,7 @@ class Controller:
         resources = sweep.resources
         self.shape = GangShape(resources.layout, resources.cpus, resources.gpus)
         self.gangs: list[Gang] = []
-        self.running: list[_Attempt] = []
+        self.running: list[RunningAttempt] = []
         self.search = Search(sweep.name, store.trials(sweep_id), sweep.prune.divergence)
         self.failed_gang_starts = 0
         self.stop_requests: list[str] = []
@@ -102,11 +78,10 @@ class Controller:
             self.store.release_lease(self.lease)
 
     def _acquire_lease(self) -> Lease:
-        holder = f"{socket.gethostname()}:{os.getpid()}"
         told = False
         while True:
             try:
-                return self.store.acquire_lease(self.sweep_id, holder, LEASE_SECONDS)
+                return self.store.acquire_lease(self.sweep_id, own_name(), LEASE_SECONDS)
             except LeaseHeld as held:
                 if not is_dead(held.holder):
                     raise UserError(f"sweep {self.sweep.name}: {held}") from held
@@ -162,8 +137,10 @@ class Controller:
             self._tell_left(self.store.adopt_orphans(self.lease))
 
     def _tell_left(self, fingerprints: list[str]) -> None:
-        for fingerprint in fingerprints:
-            self.view.tell(f"trial {fingerprint} was left by a controller that is gone; it will be resumed")
+        self._refresh(now=bool(fingerprints))
+        for trial in self.trials:
+            if trial.fingerprint in fingerprints:
+                self.view.tell(f"resuming  {trial_name(trial)}: its controller is gone")
 
     def _waiting(self) -> list[TrialRow]:
         return [] if self.stopping else [trial for trial in self.trials if trial.state == "WAITING"]
@@ -178,6 +155,13 @@ class Controller:
             self.trials = self.store.trials(self.sweep_id)
             self.trials_read = time.monotonic()
 
+    def _note(self, trial: TrialRow, state: str) -> None:
+        """What this controller has just written, without reading all trials anew: there may be thousands."""
+        self.trials = [
+            dataclasses.replace(one, state=state) if one.fingerprint == trial.fingerprint else one
+            for one in self.trials
+        ]
+
     def _check_budget(self) -> None:
         hours = self.sweep.budget.wall_hours
         if hours is not None and not self.stopping and time.monotonic() - self.started > hours * 3600:
@@ -186,7 +170,8 @@ class Controller:
     def _stop_all(self, wish: Wish) -> None:
         self.stopping = wish
         self.stop_deadline = time.monotonic() + STOP_GRACE_SECONDS
-        self.view.tell(f"stopping: {wish.reason}; running trials checkpoint and will be resumed")
+        work = "running trials checkpoint and will be resumed" if self.running else "nothing runs yet"
+        self.view.tell(f"stopping: {wish.reason}; {work}")
         for attempt in self.running:
             if attempt.wish is None:
                 attempt.wish = wish
@@ -227,7 +212,7 @@ class Controller:
         directory = run_dir.trial_dir(self.home, trial.fingerprint)
         earlier = self.store.attempts(trial.fingerprint)
         resume = resume_point(directory, earlier)
-        self._recover_records(directory, earlier, resume.step)
+        recover_records(self.store, self.lease, directory, earlier, resume.step)
         try:
             row = self.store.start_attempt(
                 self.lease,
@@ -258,41 +243,16 @@ class Controller:
         )
         run_dir.write_trial_config(directory, trial.config)
         run_dir.write_json(spec.attempt_dir / "attempt.json", spec)
-        self.search.ask(trial.fingerprint, self._curve_until(trial, resume.step))
+        self.search.ask(trial.fingerprint, curve_until(self.store, trial.fingerprint, resume.step))
         gang.launch(spec)
-        self.running.append(_Attempt(trial, row, spec, gang))
-        self._refresh(now=True)
+        self.running.append(RunningAttempt(trial, row, spec, gang))
+        self._note(trial, "RUNNING")
         again = f", attempt {row.number} from step {resume.step}" if row.number > 1 else ""
         self.view.tell(f"started   {trial_name(trial)}{again}")
 
-    def _recover_records(self, directory: Path, earlier: list[AttemptRow], step: int) -> None:
-        """What attempts wrote and no controller read, since it was killed: the next attempt builds on it."""
-        for attempt in earlier:
-            records, _ = run_dir.read_records(attempt_dir(directory, attempt))
-            self.store.record(self.lease, attempt, [record for record in records if record.step <= step])
-
-    def _curve_until(self, trial: TrialRow, step: int) -> list[StepRecord]:
-        """What earlier attempts showed, as far as the next one builds on it."""
-        if step == 0:
-            return []
-        return [
-            StepRecord(
-                step=row.step,
-                tokens=row.tokens,
-                fraction=row.fraction,
-                lr=row.lr or 0.0,
-                loss_nats=row.loss_nats,
-                gradient_norm=row.gradient_norm,
-                tokens_per_second=row.tokens_per_second or 0.0,
-                nonfinite=row.nonfinite,
-            )
-            for row in self.store.curve(trial.fingerprint).steps
-            if row.step <= step
-        ]
-
     # -- following an attempt -------------------------------------------------------------------------------
 
-    def _follow(self, attempt: _Attempt) -> None:
+    def _follow(self, attempt: RunningAttempt) -> None:
         end = attempt.gang.poll_end()
         written = attempt.gang.written()
         if end is not None or (written is not None and written > attempt.offset):
@@ -300,23 +260,22 @@ class Controller:
         if end is not None:
             self._end(attempt, end)
 
-    def _read(self, attempt: _Attempt) -> None:
+    def _read(self, attempt: RunningAttempt) -> None:
         """New records: into the store, then past the search. Nothing after a divergence rule fired is kept."""
         records, attempt.offset = run_dir.read_records(attempt.spec.attempt_dir, attempt.offset)
         if attempt.wish is not None and attempt.wish.kind == "divergence":
             return
         stop = self.search.decide(attempt.trial.fingerprint, records)
         if stop is not None:
-            records = _up_to(stop, records)
+            records = up_to(stop, records)
             attempt.wish = Wish("divergence", stop.rule, stop.reason, stop.step)
             attempt.gang.stop(attempt.row.token)
         self.store.record(self.lease, attempt.row, records)
         for record in records:
             if isinstance(record, StepRecord):
-                attempt.last = record
-                attempt.step_seconds.append(attempt.trial.config.train.batch_tokens / record.tokens_per_second)
+                attempt.observe(record)
 
-    def _end(self, attempt: _Attempt, end: GangEnd) -> None:
+    def _end(self, attempt: RunningAttempt, end: GangEnd) -> None:
         trial, row = attempt.trial, attempt.row
         earlier = [one for one in self.store.attempts(trial.fingerprint) if trial.reopened_after < one.number]
         result = consequence(
@@ -341,9 +300,9 @@ class Controller:
             # This controller slept past its lease, and another sweep that shares the trial has taken it over.
             self._lose(attempt.gang, f"{attempt.name} is no longer ours: {taken}")
             return
-        self._refresh(now=True)
+        self._note(trial, result.state)
         self._tell_search(trial, result)
-        self.view.tell(_ended_line(attempt, result, self._final_loss(trial, result)))
+        self.view.tell(attempt.ended_line(result, self._final_loss(trial, result)))
         if unsound:
             # Whatever happened, the other ranks may hang in a collective and the process may be poisoned.
             self._lose(attempt.gang, f"gang dismissed, after attempt {row.number} of {attempt.name}")
@@ -365,7 +324,7 @@ class Controller:
 
     def _snapshot(self) -> Snapshot:
         counts = Counter(trial.state for trial in self.trials)
-        lines = tuple(_running_line(attempt) for attempt in self.running)
+        lines = tuple(attempt.line() for attempt in self.running)
         return Snapshot(
             sweep=self.sweep.name,
             states={state: counts[state] for state in STATES if counts[state]},
@@ -378,65 +337,10 @@ class Controller:
 
     def _eta(self) -> float | None:
         """Steps left at the pace of the running trials, shared by the gangs at work. Divergence makes it shorter."""
-        paces = [_step_seconds(attempt) for attempt in self.running]
+        paces = [attempt.step_seconds() for attempt in self.running]
         known = [pace for pace in paces if pace is not None]
         if not known:
             return None
         left = sum(trial.config.train.num_steps for trial in self.trials if trial.state == "WAITING")
-        left += sum(attempt.trial.config.train.num_steps - (attempt.last.step if attempt.last else 0)
-                    for attempt in self.running)  # fmt: skip
+        left += sum(attempt.steps_left for attempt in self.running)
         return left * (sum(known) / len(known)) / len(self.running)
-
-
-def _up_to(stop: Stop, records: list[Record]) -> list[Record]:
-    """Records up to the one that fired the rule. A validation of the same step may come a read later: it never counts,
-    so that the curve does not hang on how the records were cut into reads."""
-    for number, record in enumerate(records, start=1):
-        if record.step == stop.step and (stop.rule != NONFINITE or record.nonfinite):
-            return records[:number]
-    return records
-
-
-def _running_line(attempt: _Attempt) -> Running:
-    step = attempt.last.step if attempt.last else attempt.spec.resume_step
-    num_steps = attempt.trial.config.train.num_steps
-    pace = _step_seconds(attempt)
-    return Running(
-        name=attempt.name,
-        attempt=attempt.row.number,
-        step=step,
-        num_steps=num_steps,
-        loss_nats=attempt.last.loss_nats if attempt.last else None,
-        tokens_per_second=None if pace is None else attempt.trial.config.train.batch_tokens / pace,
-        eta_seconds=None if pace is None else (num_steps - step) * pace,
-    )
-
-
-def _step_seconds(attempt: _Attempt) -> float | None:
-    seconds = attempt.step_seconds
-    return sum(seconds) / len(seconds) if seconds else None
-
-
-def _ended_line(attempt: _Attempt, result: Consequence, loss: float | None) -> str:
-    if result.state == "COMPLETE":
-        measured = f"validation loss {loss:.4f} nats" if loss is not None else "no finite validation loss"
-        return f"complete  {attempt.name}: {measured}"
-    paused = attempt.wish is not None and result.cause == attempt.wish.kind
-    word = {"DIVERGED": "diverged ", "FAILED": "FAILED   ", "WAITING": "paused   " if paused else "retrying "}[
-        result.state
-    ]
-    return f"{word} {attempt.name}: {result.reason}"
-
-
-def is_dead(holder: str) -> bool:
-    """Whether the holder of a lease was a controller of this host whose process is gone."""
-    host, _, pid = holder.rpartition(":")
-    if host != socket.gethostname():
-        return False
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        return False
-    return False

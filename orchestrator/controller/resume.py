@@ -1,4 +1,4 @@
-"""Which checkpoint the next attempt of a trial starts from. The controller names it; nobody searches for it later."""
+"""What the next attempt of a trial builds on: the checkpoint that the controller names, and the records up to it."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from models.run_dir import complete_checkpoints
+from models.run_dir import StepRecord, complete_checkpoints, read_records
 from orchestrator.failures import NONFINITE
-from orchestrator.store import AttemptRow
+from orchestrator.store import AttemptRow, Lease, Store
 
 
 @dataclass(frozen=True)
@@ -42,3 +42,30 @@ def resume_point(trial_dir: Path, attempts: Sequence[AttemptRow]) -> ResumePoint
                 break
         visible = min(visible, attempt.resume_step)
     return best
+
+
+def recover_records(store: Store, lease: Lease, trial_dir: Path, earlier: Sequence[AttemptRow], step: int) -> None:
+    """What attempts wrote and no controller read, since it was killed: the next attempt builds on it."""
+    for attempt in earlier:
+        records, _ = read_records(attempt_dir(trial_dir, attempt))
+        store.record(lease, attempt, [record for record in records if record.step <= step])
+
+
+def curve_until(store: Store, fingerprint: str, step: int) -> list[StepRecord]:
+    """What earlier attempts showed, as far as the next one builds on it."""
+    if step == 0:
+        return []
+    return [
+        StepRecord(
+            step=row.step,
+            tokens=row.tokens,
+            fraction=row.fraction,
+            lr=row.lr or 0.0,
+            loss_nats=row.loss_nats,
+            gradient_norm=row.gradient_norm,
+            tokens_per_second=row.tokens_per_second or 0.0,
+            nonfinite=row.nonfinite,
+        )
+        for row in store.curve(fingerprint).steps
+        if row.step <= step
+    ]

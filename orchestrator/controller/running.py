@@ -1,0 +1,83 @@
+"""A running attempt as the controller follows it, and how it is told."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from models.run_dir import AttemptSpec, StepRecord
+from orchestrator.controller.snapshot import Running
+from orchestrator.failures import NONFINITE, Consequence, Wish
+from orchestrator.gang import Gang
+from orchestrator.search import Record, Stop
+from orchestrator.store import AttemptRow, TrialRow
+
+
+def trial_name(trial: TrialRow) -> str:
+    """``g1-headwise lr=0.004 seed=1``."""
+    values = {name.rpartition(".")[2]: value for name, value in trial.axes.items()}
+    axes = [f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}" for name, value in values.items()]
+    return " ".join([trial.arm, *axes, f"seed={trial.seed}"])
+
+
+@dataclass
+class RunningAttempt:
+    """The gang at work, how far its records were read, and why it was told to stop, if it was."""
+
+    trial: TrialRow
+    row: AttemptRow
+    spec: AttemptSpec
+    gang: Gang
+    offset: int = 0
+    wish: Wish | None = None
+    last: StepRecord | None = None
+    _recent_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=20))
+
+    @property
+    def name(self) -> str:
+        return trial_name(self.trial)
+
+    @property
+    def step(self) -> int:
+        return self.last.step if self.last else self.spec.resume_step
+
+    @property
+    def steps_left(self) -> int:
+        return self.trial.config.train.num_steps - self.step
+
+    def observe(self, record: StepRecord) -> None:
+        self.last = record
+        self._recent_seconds.append(self.trial.config.train.batch_tokens / record.tokens_per_second)
+
+    def step_seconds(self) -> float | None:
+        """Mean over the last steps; None before the first."""
+        return sum(self._recent_seconds) / len(self._recent_seconds) if self._recent_seconds else None
+
+    def line(self) -> Running:
+        pace = self.step_seconds()
+        return Running(
+            name=self.name,
+            attempt=self.row.number,
+            step=self.step,
+            num_steps=self.trial.config.train.num_steps,
+            loss_nats=self.last.loss_nats if self.last else None,
+            tokens_per_second=None if pace is None else self.trial.config.train.batch_tokens / pace,
+            eta_seconds=None if pace is None else self.steps_left * pace,
+        )
+
+    def ended_line(self, result: Consequence, loss_nats: float | None) -> str:
+        if result.state == "COMPLETE":
+            measured = f"validation loss {loss_nats:.4f} nats" if loss_nats is not None else "no finite validation loss"
+            return f"complete  {self.name}: {measured}"
+        paused = self.wish is not None and result.cause == self.wish.kind
+        words = {"DIVERGED": "diverged ", "FAILED": "FAILED   ", "WAITING": "paused   " if paused else "retrying "}
+        return f"{words[result.state]} {self.name}: {result.reason}"
+
+
+def up_to(stop: Stop, records: list[Record]) -> list[Record]:
+    """Records up to the one that fired the rule. A validation of the same step may come a read later: it never counts,
+    so that the curve does not hang on how the records were cut into reads."""
+    for number, record in enumerate(records, start=1):
+        if record.step == stop.step and (stop.rule != NONFINITE or record.nonfinite):
+            return records[:number]
+    return records

@@ -1,0 +1,90 @@
+"""The connection to Ray, and what the cluster holds."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import socket
+from types import TracebackType
+from typing import Any, Self
+
+import ray
+
+from orchestrator.gang.gangs import Gang, GangShape
+from orchestrator.gang.ranks import source_hash
+from orchestrator.sweep import UserError
+
+CONNECT_SECONDS = 10.0
+
+
+class Cluster:
+    """The connection to Ray: an address, or a local one that lives as long as this context."""
+
+    def __init__(self, address: str | None = None) -> None:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        # Ray would hide the GPUs from ranks that ask for none, and warn about it.
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        if address is not None:
+            _refuse_unreachable(address)
+        try:
+            ray.init(
+                address=address or "local",
+                include_dashboard=None if address else False,
+                log_to_driver=False,
+                logging_level="ERROR",
+                namespace="gatesweep",
+            )
+        except ConnectionError as error:
+            raise UserError(f"no Ray cluster at {address!r}: {error}") from error
+        except Exception as error:
+            # An overloaded machine: Ray gives its own processes a time limit.
+            raise UserError(f"Ray did not start here, try again: {type(error).__name__}: {error}") from error
+        _hush()
+        self._driver_hash = source_hash()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        ray.shutdown()
+
+    def capacity(self, shape: GangShape) -> int:
+        """Gangs of this shape that the living nodes hold together, whoever uses them now.
+
+        Raises UserError when they cannot hold one.
+        """
+        per_node = []
+        for node in ray.nodes():
+            if node["Alive"]:
+                have = node["Resources"]
+                per_node.append(min(int(have.get(name, 0) // amount) for name, amount in shape.bundle.items()))
+        ranks = sum(per_node)
+        if ranks < shape.layout.world_size:
+            raise UserError(
+                f"resources: a gang asks for {shape}, and the cluster holds {ranks} such rank(s): "
+                f"{ {name: amount for name, amount in ray.cluster_resources().items() if name in ('CPU', 'GPU')} }"
+            )
+        return ranks // shape.layout.world_size
+
+    def start_gang(self, shape: GangShape, num_threads: int) -> Gang:
+        return Gang(shape, num_threads, self._driver_hash)
+
+
+def _refuse_unreachable(address: str) -> None:
+    """UserError when nobody listens at ``host:port``: Ray would try for minutes, and print all the while."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        return  # "auto" and the like: Ray knows
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
+    except OSError as error:
+        raise UserError(f"no Ray cluster at {address!r}: {error}") from error
+
+
+def _hush() -> None:
+    """Ray prints a paragraph for every dead worker, whatever log_to_driver says; the controller tells it in a line."""
+    worker: Any = importlib.import_module("ray._private.worker")
+    if hasattr(worker, "print_to_stdstream"):
+        worker.print_to_stdstream = lambda *_, **__: None

@@ -1,0 +1,165 @@
+"""A gang in the driver: its shape, its ranks, and at most one attempt."""
+
+from __future__ import annotations
+
+import enum
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from models.config import Layout
+from models.run_dir import AttemptSpec, Summary
+from orchestrator.gang.ending import RAISED, blame, death, words
+from orchestrator.gang.ranks import RankActor
+
+DEATH_NEWS_SECONDS = 5.0
+"""How long a gang with a failed rank is given to show a dead one: the survivors' broken collectives are told first."""
+
+
+@dataclass(frozen=True)
+class GangShape:
+    """What a gang asks of the cluster: a bundle of CPUs and GPUs for each rank of a layout."""
+
+    layout: Layout
+    cpus_per_rank: float
+    gpus_per_rank: float
+
+    @property
+    def device(self) -> str:
+        return "cuda" if self.gpus_per_rank else "cpu"
+
+    @property
+    def bundle(self) -> dict[str, float]:
+        resources = {"CPU": self.cpus_per_rank, "GPU": self.gpus_per_rank}
+        return {name: amount for name, amount in resources.items() if amount}
+
+    def __str__(self) -> str:
+        bundle = " + ".join(f"{amount:g} {name}" for name, amount in self.bundle.items())
+        return f"{self.layout.world_size} rank(s) x {bundle}"
+
+
+class GangState(enum.Enum):
+    STARTING = "starting"
+    IDLE = "idle"
+    BUSY = "busy"
+    DEAD = "dead"
+
+
+@dataclass(frozen=True)
+class GangEnd:
+    """How a gang's attempt ended: by its own account, or by an error that Ray saw."""
+
+    summary: Summary | None
+    error: str | None = None
+    """Class and message of what Ray or the training raised."""
+    rank_died: bool = False
+    """A rank is gone or out of reach (killed, out of memory, its node lost), as opposed to an exception in it."""
+    rank: int = 0
+    """Whose error it is, and whose log tells more."""
+
+
+class Gang:
+    """A placement group, its ranks, and at most one attempt."""
+
+    def __init__(self, shape: GangShape, num_threads: int, driver_hash: str) -> None:
+        self.shape, self.state = shape, GangState.STARTING
+        layout = shape.layout
+        # Tensor-parallel ranks talk at every layer: a gang that can be on one node is.
+        self._group: PlacementGroup = placement_group([shape.bundle] * layout.world_size, strategy="PACK")
+        self._ranks = [self._rank(rank, num_threads) for rank in range(layout.world_size)]
+        meeting = self._ranks[0].rendezvous.remote()
+        self._joins = [rank.join.remote(meeting, driver_hash) for rank in self._ranks]
+        self._trains: list[Any] = []
+        self._written: Any = None
+        self._failed_since: float | None = None
+        self.members: list[dict[str, Any]] = []
+        """Host and pid of every rank, once it is up."""
+        self.num_attempts = 0
+
+    def _rank(self, rank: int, num_threads: int) -> Any:
+        return RankActor.options(
+            num_cpus=self.shape.cpus_per_rank,
+            num_gpus=self.shape.gpus_per_rank,
+            max_restarts=0,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(
+                placement_group=self._group, placement_group_bundle_index=rank
+            ),
+            runtime_env={"env_vars": {"OMP_NUM_THREADS": str(num_threads)}},
+        ).remote(rank, self.shape.layout.model_dump_json(), self.shape.device, num_threads)
+
+    def poll_start(self) -> str | None:
+        """IDLE once every rank is up; the error that kept the gang from starting, if one did."""
+        if self.state is not GangState.STARTING:
+            return None
+        done, waiting = ray.wait(self._joins, num_returns=len(self._joins), timeout=0)
+        try:
+            # A rank that failed is worth telling before the others have given up waiting for it.
+            ray.get(done)
+            if not waiting:
+                self.members = ray.get(self._joins)
+                self.state = GangState.IDLE
+        except Exception as error:
+            return words(error)
+        return None
+
+    def launch(self, spec: AttemptSpec) -> None:
+        assert self.state is GangState.IDLE, self.state
+        self._trains = [rank.train.remote(spec.model_dump_json()) for rank in self._ranks]
+        self._written = self._failed_since = None
+        self.num_attempts += 1
+        self.state = GangState.BUSY
+
+    def written(self) -> int | None:
+        """Bytes of metrics that rank 0 has reported, None when there is no new answer."""
+        if self._written is None:
+            self._written = self._ranks[0].written.options(concurrency_group="control").remote()
+            return None
+        done, _ = ray.wait([self._written], timeout=0)
+        if not done:
+            return None
+        answer, self._written = self._written, None
+        try:
+            return int(ray.get(answer))
+        except ray.exceptions.RayError:
+            return None  # the rank is gone: poll_end tells
+
+    def stop(self, token: str) -> None:
+        self._ranks[0].stop.options(concurrency_group="control").remote(token)
+
+    def poll_end(self) -> GangEnd | None:
+        """The attempt's end, None while it runs. The gang is IDLE after a good end, to be dismissed after a bad one."""
+        done, waiting = ray.wait(self._trains, num_returns=len(self._trains), timeout=0)
+        answers = {self._trains.index(train): _answer(train) for train in done}
+        errors = [(rank, answer) for rank, answer in answers.items() if isinstance(answer, Exception)]
+        if errors:
+            # The most telling one: a death, then what a rank raised, then a collective that broke for its sake.
+            rank, error = min(errors, key=lambda one: blame(one[1]))
+            self._failed_since = self._failed_since or time.monotonic()
+            is_death = isinstance(error, ray.exceptions.RayActorError)
+            if waiting and not is_death and time.monotonic() - self._failed_since < DEATH_NEWS_SECONDS:
+                return None
+            said = death(error) if is_death else words(error)
+            return GangEnd(summary=None, error=said, rank_died=blame(error) != RAISED, rank=rank)
+        if waiting:
+            return None
+        self.state = GangState.IDLE
+        return GangEnd(summary=Summary.model_validate_json(answers[0]))
+
+    def dismiss(self) -> None:
+        """Kill every rank and give the resources back."""
+        self.state = GangState.DEAD
+        for rank in self._ranks:
+            ray.kill(rank, no_restart=True)
+        remove_placement_group(self._group)
+
+
+def _answer(train: Any) -> Any:
+    """What a rank that is done returned or raised."""
+    try:
+        return ray.get(train)
+    except Exception as error:
+        return error

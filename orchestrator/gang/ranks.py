@@ -1,0 +1,91 @@
+"""A rank's process: joins its gang, trains, and answers while it trains."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from models.config import Layout
+from models.run_dir import AttemptSpec, Summary, metrics_path
+from orchestrator.gang.ending import RankError, words
+
+PACKAGES = ("models", "orchestrator")
+
+
+def source_hash() -> str:
+    """Of this process's own ``models`` and ``orchestrator``: the driver's and every rank's must be equal."""
+    digest = hashlib.sha256()
+    for package in PACKAGES:
+        folder = Path(str(importlib.import_module(package).__file__)).parent
+        for path in sorted(folder.rglob("*.py")):
+            digest.update(f"{package}/{path.relative_to(folder)}".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def _errors_as_text() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise RankError(words(error)) from None
+
+
+class _Rank:
+    """The actor: one rank's process. ``control`` methods answer while ``train`` runs."""
+
+    def __init__(self, rank: int, layout: str, device: str, num_threads: int) -> None:
+        self.rank, self.layout, self.device = rank, Layout.model_validate_json(layout), device
+        self.num_threads = num_threads
+        self.world: Any = None
+        self.attempt_dir: Path | None = None
+        self.stop_token: str | None = None
+
+    def rendezvous(self) -> str:
+        """Where the gang meets; asked of rank 0."""
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return f"tcp://{ray.util.get_node_ip_address()}:{probe.getsockname()[1]}"
+
+    def join(self, init_method: str, driver_hash: str) -> dict[str, Any]:
+        own = source_hash()
+        if own != driver_hash:
+            where = Path(str(importlib.import_module("models").__file__)).parent
+            raise RuntimeError(
+                f"rank {self.rank} on {socket.gethostname()} runs other code than the driver: package models at "
+                f"{where} has hash {own}, the driver's is {driver_hash}; install the same version on every node, "
+                "and when a file was edited while the sweep ran, run it again"
+            )
+        with _errors_as_text():
+            trainer = importlib.import_module("models.trainer")
+            self.world = trainer.World.join(
+                self.rank, self.layout, self.device, init_method, num_threads=self.num_threads
+            )
+        return {"host": socket.gethostname(), "pid": os.getpid()}
+
+    def train(self, spec: str) -> str:
+        trainer = importlib.import_module("models.trainer")
+        attempt = AttemptSpec.model_validate_json(spec)
+        self.attempt_dir = attempt.attempt_dir
+        with _errors_as_text():
+            summary: Summary = trainer.train(attempt, self.world, lambda: self.stop_token == attempt.token)
+        return summary.model_dump_json()
+
+    def written(self) -> int:
+        """Bytes of metrics written so far by the running attempt."""
+        path = None if self.attempt_dir is None else metrics_path(self.attempt_dir)
+        return path.stat().st_size if path is not None and path.exists() else 0
+
+    def stop(self, token: str) -> None:
+        """Ask the attempt ``token`` to checkpoint and end after its current step; a late call harms no other."""
+        self.stop_token = token
+
+
+RankActor = ray.remote(concurrency_groups={"control": 1})(_Rank)
