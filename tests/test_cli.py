@@ -481,7 +481,7 @@ def test_cancel_and_rerun_move_what_they_are_told_and_say_how_many(
     assert set(states(folder).values()) == {"CANCELED"}
     machine.meet(all_goes_well)
     assert gatesweep("run", "tiny.yaml").out.splitlines()[0] == "tiny: 2 trials, 0 new, 0 finished, 0 to run"
-    assert gatesweep("rerun", "tiny", "--failed").out.startswith("0 trial(s)")
+    assert gatesweep("rerun", "tiny", "--failed").out == "nothing to rerun\n"
     with store_of(folder) as store:
         one = store.trials(store.sweep("tiny").id)[0].fingerprint
     assert gatesweep("rerun", "tiny", "--trial", one).out.startswith("1 trial(s)")

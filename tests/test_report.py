@@ -538,7 +538,7 @@ def test_a_trial_that_another_sweep_trained_is_marked_reused(plan, tmp_path):
         fill(store, plan, lease)
         store.add(twin)
         assert note(results(store, "twin").tables[0], "reused") == "reused trials: 8 from small"
-        with pytest.raises(UserError, match=r"no sweep 'smal' in the store; did you mean 'small'\?"):
+        with pytest.raises(UserError, match=r"no sweep 'smal' in the store \(did you mean 'small'\?"):
             results(store, "smal")
 
 

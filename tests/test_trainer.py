@@ -255,15 +255,15 @@ def test_a_uniform_predictor_scores_eight_bits_a_byte(world, corpus, tmp_path, m
 
 def poisoned(monkeypatch, step, factor):
     """Multiply the losses of optimizer step ``step`` (one micro-batch a step) by ``factor``, a function of them."""
-    from models.trainer import loop
+    from models.trainer import attempt as attempts
 
     calls = []
 
-    def losses(model, batch, compute=loop.token_losses):
+    def losses(model, batch, compute=attempts.token_losses):
         calls.append(None)
         return compute(model, batch) * factor if len(calls) == step else compute(model, batch)
 
-    monkeypatch.setattr(loop, "token_losses", losses)
+    monkeypatch.setattr(attempts, "token_losses", losses)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -284,7 +284,8 @@ def test_a_loss_that_is_no_number_ends_the_attempt_with_a_null(world, corpus, tm
 def test_an_exploded_gradient_ends_the_attempt_and_its_finite_loss_is_kept(world, corpus, tmp_path, monkeypatch):
     import torch
 
-    from models.trainer import loop, train
+    from models.trainer import attempt as attempts
+    from models.trainer import train
 
     class Explode(torch.autograd.Function):
         @staticmethod
@@ -296,7 +297,9 @@ def test_an_exploded_gradient_ends_the_attempt_and_its_finite_loss_is_kept(world
             return gradient * math.inf
 
     monkeypatch.setattr(
-        loop, "token_losses", lambda model, batch, compute=loop.token_losses: Explode.apply(compute(model, batch))
+        attempts,
+        "token_losses",
+        lambda model, batch, compute=attempts.token_losses: Explode.apply(compute(model, batch)),
     )
     spec = new_attempt(tmp_path, corpus_trial(corpus))
     assert train(spec, world).outcome == "nonfinite"
@@ -306,12 +309,13 @@ def test_an_exploded_gradient_ends_the_attempt_and_its_finite_loss_is_kept(world
 
 
 def test_an_exception_is_written_down_and_raised(world, corpus, tmp_path, monkeypatch):
-    from models.trainer import loop, train
+    from models.trainer import attempt as attempts
+    from models.trainer import train
 
     def fail(*_):
         raise RuntimeError("the disk is on fire")
 
-    monkeypatch.setattr(loop, "token_losses", fail)
+    monkeypatch.setattr(attempts, "token_losses", fail)
     spec = new_attempt(tmp_path, corpus_trial(corpus))
     with pytest.raises(RuntimeError, match="the disk is on fire"):
         train(spec, world)

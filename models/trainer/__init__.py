@@ -1,6 +1,6 @@
-"""One trial on one rank: build, loop, write. Runs under Ray, or by hand: ``torchrun -m models.trainer ATTEMPT_DIR``."""
+"""One trial on one rank: build, train, write. Runs under Ray, or by hand: ``torchrun -m models.trainer DIR``."""
 
-from models.trainer.loop import train
+from models.trainer.attempt import train
 from models.trainer.world import World
 
 __all__ = ["World", "train"]

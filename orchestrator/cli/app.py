@@ -18,13 +18,16 @@ from orchestrator.plan import expand
 from orchestrator.store import Store
 from orchestrator.sweep import UserError, load
 
+FILE_WIDTH = 120
+
 app = typer.Typer(
     help="Ablation sweeps that end in verdicts. Things are kept in $GATESWEEP_HOME (default ./runs).",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-console = Console()
+# Rich takes 80 columns for what is no terminal; a table in a file or a log may be as wide as it is.
+console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else FILE_WIDTH)
 errors = Console(stderr=True)
 
 USER_ERROR_EXIT = 2
@@ -136,7 +139,8 @@ def rerun(
                 )
         chosen = [one for one, state in known.items() if state in wanted or one in (trial or ())]
         count = store.reopen(row.id, chosen)
-    console.print(f"{count} trial(s) wait again; gatesweep run the sweep's file to go on", highlight=False)
+    said = f"{count} trial(s) wait again; gatesweep run with the sweep's file goes on" if count else "nothing to rerun"
+    console.print(said, highlight=False)
 
 
 @app.command()
@@ -193,6 +197,8 @@ def _known_states(home: Home, sweep: str) -> dict[str, str]:
 def main() -> None:
     try:
         app()
+    except KeyboardInterrupt:
+        sys.exit(130)
     except UserError as error:
         errors.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(USER_ERROR_EXIT)

@@ -31,8 +31,8 @@ def _unknown_sweep(connection: Connection, name: str) -> str:
     if not names:
         return f"no sweep {name!r} in the store: it holds none yet"
     nearest = difflib.get_close_matches(name, names, n=1)
-    hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-    return f"no sweep {name!r} in the store{hint} It holds: {', '.join(names)}"
+    hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
+    return f"no sweep {name!r} in the store{hint}; it holds: {', '.join(names)}"
 
 
 def _sweep_row(connection: Connection, row: RowMapping) -> SweepRow:
