@@ -234,6 +234,7 @@ class TrialConfig(Frozen):
     def validation_steps(self) -> tuple[int, ...]:
         """The optimizer steps after which the validation slice is measured, ascending."""
         steps, points = self.train.num_steps, self.data.validation.points
+        points = min(points, steps)
         return tuple(sorted({max(1, round(steps * i / points)) for i in range(1, points + 1)}))
 
     def canonical_json(self) -> str:

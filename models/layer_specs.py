@@ -6,7 +6,6 @@ The one place where a model is constructed. Megatron's parallel state must be up
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 
 import torch
@@ -110,10 +109,3 @@ def num_parameters(model: nn.Module) -> int:
     total = torch.tensor([own], dtype=torch.int64, device=next(model.parameters()).device)
     torch.distributed.all_reduce(total, group=parallel_state.get_model_parallel_group())
     return int(total.item())
-
-
-@functools.cache
-def megatron_version() -> str:
-    import megatron.core
-
-    return str(megatron.core.__version__)

@@ -96,7 +96,7 @@ class Summary(_Line):
     resume_step: int
     seconds: float
     tokens_per_second: float | None
-    """Over the training steps of this attempt; validation and checkpoints are not counted."""
+    """Median over this attempt's steps: the first ones warm up. Validation and checkpoints are not counted."""
     peak_memory_bytes: int | None = None
     num_parameters: int | None = None
     error: str | None = None

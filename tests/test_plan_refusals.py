@@ -226,3 +226,16 @@ def test_a_sweep_beyond_all_measure_is_refused_before_it_is_expanded(refused):
     values = list(range(1, 401))
     text = SMALL + f"axes: {{train.lr: {values}, train.tokens: {values}}}\n"
     refused(text, said=f"640,000 trials; allowed: at most {MAX_TRIALS:,}")
+
+
+@pytest.mark.parametrize(
+    ("arm", "named"),
+    [
+        ("{data: {validation: {slice_bytes: 4}}}", "slice_bytes"),
+        ("{data: {validation_every: 3}}", "validation_every"),
+    ],
+)
+def test_an_arm_that_is_measured_otherwise_than_the_baseline_is_refused(plan, arm, named):
+    """Its loss would be compared with one on other text."""
+    with pytest.raises(UserError, match=rf"x\.yaml:\d+.*odd is measured otherwise than none \({named}\)"):
+        plan(SMALL.replace("arms:\n", f"arms:\n  odd: {arm}\n"))

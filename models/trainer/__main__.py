@@ -10,7 +10,7 @@ import os
 import sys
 from pathlib import Path
 
-from models.run_dir import read_attempt_spec
+from models.run_dir import metrics_path, read_attempt_spec
 from models.trainer import World, train
 
 
@@ -20,6 +20,14 @@ def main(arguments: list[str]) -> int:
         return 2
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     spec = read_attempt_spec(Path(arguments[0]))
+    if metrics_path(spec.attempt_dir).exists():
+        print(f"{spec.attempt_dir} has run already: an attempt runs once", file=sys.stderr)
+        return 2
+    num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if num_ranks != spec.layout.world_size:
+        need = f"torchrun --nproc-per-node {spec.layout.world_size} -m models.trainer {arguments[0]}"
+        print(f"the layout {spec.layout} has {spec.layout.world_size} ranks, got {num_ranks}: {need}", file=sys.stderr)
+        return 2
     rank = int(os.environ.get("RANK", "0"))
     world = World.join(
         rank,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -58,8 +59,7 @@ class _Attempt:
         self.trial: TrialConfig
         self.started = time.monotonic()
         self.step = spec.resume_step
-        self.training_seconds = 0.0
-        self.training_tokens = 0
+        self.step_rates: list[float] = []
         self.num_parameters: int | None = None
 
     def run(self, should_stop: Callable[[], bool]) -> Any:
@@ -134,8 +134,7 @@ class _Attempt:
         lr = learning_rate(train, self.step)
         norm = update(self.optimizer, lr, train.clip_gradient_norm) if math.isfinite(loss) else math.nan
         seconds = time.perf_counter() - started
-        self.training_seconds += seconds
-        self.training_tokens += train.batch_tokens
+        self.step_rates.append(train.batch_tokens / seconds)
         finite = math.isfinite(loss) and math.isfinite(norm)
         self.journal.write(
             StepRecord(
@@ -145,7 +144,7 @@ class _Attempt:
                 lr=lr,
                 loss_nats=run_dir.finite_or_none(loss),
                 gradient_norm=run_dir.finite_or_none(norm),
-                tokens_per_second=train.batch_tokens / seconds,
+                tokens_per_second=self.step_rates[-1],
                 nonfinite=not finite,
             )
         )
@@ -170,7 +169,7 @@ class _Attempt:
             step=self.step,
             resume_step=self.spec.resume_step,
             seconds=time.monotonic() - self.started,
-            tokens_per_second=self.training_tokens / self.training_seconds if self.training_seconds else None,
+            tokens_per_second=statistics.median(self.step_rates) if self.step_rates else None,
             peak_memory_bytes=devices.peak_memory_bytes(self.world.device),
             num_parameters=self.num_parameters,
             error=error,

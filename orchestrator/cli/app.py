@@ -51,6 +51,8 @@ def plan(file: File, overrides: Overrides = None) -> None:
     """Print every trial, its parameters and FLOPs, and the refusals. Starts nothing, writes nothing."""
     planned = expand(load(file, overrides or ()))
     console.print(report.plan_table(planned, _known_states(Home.of(), planned.sweep.name)))
+    if planned.refusals:
+        raise typer.Exit(USER_ERROR_EXIT)
 
 
 @app.command()
@@ -99,7 +101,7 @@ class FrameFormat(StrEnum):
 
 @app.command()
 def query(
-    sql: Annotated[str, typer.Argument(help='For example "SELECT arm, lr, loss_nats FROM results".')],
+    sql: Annotated[str, typer.Argument(help='For example "SELECT arm, lr, validation_loss_nats FROM results".')],
     format: Annotated[FrameFormat, typer.Option("--format")] = FrameFormat.TABLE,
 ) -> None:
     """Ask the store in SQL, read-only. Views: results, curves, attempts."""
@@ -180,18 +182,28 @@ def ui(
 
 def _store() -> Store:
     home = Home.of()
-    if home.store_url.startswith("sqlite:///") and not Path(home.store_url.removeprefix("sqlite:///")).exists():
+    if not _has_store(home):
         raise UserError(f"nothing has run yet: no store at {home.store_url} (GATESWEEP_HOME is {home.directory})")
     return Store(home.store_url)
 
 
-def _known_states(home: Home, sweep: str) -> dict[str, str]:
-    """States of the trials that the store knows by this sweep's name; nothing is created for looking."""
+def _has_store(home: Home) -> bool:
+    """False when a SQLite file is not there yet; opening it would make it."""
+    if not home.store_url.startswith("sqlite:///"):
+        return True
     try:
-        with _store() as store:
-            return {one.fingerprint: one.state for one in store.trials(store.sweep(sweep).id)}
-    except UserError:
+        return Path(home.store_url.removeprefix("sqlite:///")).exists()
+    except OSError as error:
+        raise UserError(f"GATESWEEP_HOME {home.directory} can't be read: {error.strerror}") from error
+
+
+def _known_states(home: Home, sweep: str) -> dict[str, str]:
+    """States of the trials that the store knows by this sweep's name; no store is made for looking."""
+    if not _has_store(home):
         return {}
+    with Store(home.store_url) as store:
+        rows = [row for row in store.sweeps() if row.name == sweep]
+        return {one.fingerprint: one.state for one in store.trials(rows[0].id)} if rows else {}
 
 
 def main() -> None:

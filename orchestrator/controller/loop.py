@@ -237,7 +237,7 @@ class Controller:
             device=self.shape.device,
             resume_checkpoint=None if resume.checkpoint is None else str(resume.checkpoint),
             resume_step=resume.step,
-            checkpoint_every_steps=self.sweep.checkpoint.every_steps,
+            checkpoint_every_steps=self.sweep.checkpoint.every_steps or -(-trial.config.train.num_steps // 10),
             keep_checkpoints=self.sweep.checkpoint.keep,
             threads_per_rank=max(1, int(self.shape.cpus_per_rank)),
         )

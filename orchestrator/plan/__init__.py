@@ -102,6 +102,7 @@ def expand(sweep: Sweep) -> Plan:
         else:
             runnable.append(_Cell(cell.arm, cell.axes, cell.leaves, config))
     _refuse_identical(sweep, runnable)
+    _refuse_other_measures(sweep, runnable)
     return Plan(sweep, _in_order(sweep, runnable), tuple(refused))
 
 
@@ -170,6 +171,30 @@ def _refuse_identical(sweep: Sweep, cells: list[_Cell]) -> None:
         place = row if row is not None and twin.arm == cell.arm else ("arms", cell.arm)
         problems.add(place, f"{cell.name} is the same trial as {twin.name}; allowed: cells that differ", on_key=True)
     problems.raise_if_any()
+
+
+def _refuse_other_measures(sweep: Sweep, cells: list[_Cell]) -> None:
+    """An arm measured on other text, or in other tokens, than the baseline can't be compared with it."""
+    problems = Problems(sweep.places)
+    baselines = {_key(cell.axes): cell for cell in cells if cell.arm == sweep.baseline}
+    for cell in cells:
+        baseline = baselines.get(_key(cell.axes))
+        if baseline is None:
+            continue
+        ours, theirs = (one.config.data.model_dump(include=set(_MEASURE)) for one in (cell, baseline))
+        ours, theirs = ours | ours.pop("validation"), theirs | theirs.pop("validation")
+        differing = [name for name in ours if name != "points" and ours[name] != theirs[name]]
+        if differing:
+            said = f"{cell.name} is measured otherwise than {baseline.name} ({', '.join(differing)}), so their losses"
+            problems.add(("arms", cell.arm), f"{said} can't be compared; make it an axis: a table a value", on_key=True)
+    problems.raise_if_any()
+
+
+_MEASURE = ("corpus_sha256", "tokenizer_sha256", "validation_every", "validation")
+
+
+def _key(axes: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
+    return tuple(axes.items())
 
 
 def _in_order(sweep: Sweep, cells: list[_Cell]) -> tuple[PlannedTrial, ...]:

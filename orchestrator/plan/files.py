@@ -60,12 +60,15 @@ class Files:
         }
 
     def _existing(self, name: str, allowed: str) -> Path:
-        path = Path(name).expanduser()
-        path = (path if path.is_absolute() else self._folder / path).resolve()
-        if not path.exists():
-            raise FileError(f"got {name!r}, but there is no file {path}; allowed: {allowed}")
-        if not path.is_file():
-            raise FileError(f"got {name!r}, but {path} is not a file; allowed: {allowed}")
+        try:
+            path = Path(name).expanduser()
+            path = (path if path.is_absolute() else self._folder / path).resolve()
+            if not path.exists():
+                raise FileError(f"got {name!r}, but there is no file {path}; allowed: {allowed}")
+            if not path.is_file():
+                raise FileError(f"got {name!r}, but {path} is not a file; allowed: {allowed}")
+        except (OSError, RuntimeError) as error:
+            raise FileError(f"got {name!r}, which can't be looked at: {error}; allowed: {allowed}") from error
         return path
 
 

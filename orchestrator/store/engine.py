@@ -34,7 +34,7 @@ def parse_url(url: str) -> URL:
     try:
         parsed = make_url(url)
         backend = parsed.get_backend_name()
-    except (ArgumentError, NoSuchModuleError):
+    except (ArgumentError, NoSuchModuleError, ValueError):
         raise UserError(f"the store's URL {url!r} can't be read; {allowed}") from None
     if backend == "postgresql":
         return parsed.set(drivername="postgresql+psycopg")

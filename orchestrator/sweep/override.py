@@ -6,7 +6,7 @@ from typing import Any
 
 from orchestrator.sweep.document import DocumentPath, Places, UserError, dotted, read_value
 from orchestrator.sweep.fields import config_section
-from orchestrator.sweep.wording import describe
+from orchestrator.sweep.wording import describe, nearest
 
 
 def apply_override(tree: dict[str, Any], override: str, places: Places) -> None:
@@ -17,6 +17,11 @@ def apply_override(tree: dict[str, Any], override: str, places: Places) -> None:
         raise UserError(f"override {override!r}: allowed: KEY=VALUE with a dotted key, such as train.tokens=1e6")
     path = override_path(key)
     value = read_value(text, f"override {override!r}")
+    arms = tree.get("arms")
+    if path[0] == "arms" and len(path) > 2 and isinstance(arms, dict) and path[1] not in arms:
+        raise UserError(
+            f"override {override!r}: no arm {path[1]!r}; allowed: {', '.join(arms)}{nearest(path[1], arms)}"
+        )
     node = tree
     for depth, part in enumerate(path[:-1], start=1):
         below = node.setdefault(str(part), {})

@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from orchestrator.sweep.document import DocumentPath, Problems, UserError, read_document
+from orchestrator.sweep.document import DocumentPath, Places, Problems, UserError, read_document
 from orchestrator.sweep.fields import check_section, check_value, config_section, known_field, section_of, unknown_key
 from orchestrator.sweep.grammar import read_axes, read_exclude, read_rows, read_zip, refuse_double_settings
 from orchestrator.sweep.override import apply_override
@@ -29,17 +29,18 @@ _KEYS = tuple(dict.fromkeys((*_REQUIRED, *_CELL_KEYS, *Settings.model_fields)))
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
     """Read a sweep file. ``overrides`` are ``train.tokens=1e6``; UserError for whatever is wrong with either."""
     path = Path(path)
-    if path.is_dir():
-        inside = sorted(found.name for found in path.glob("*.y*ml"))
-        raise UserError(f"{path}: got a folder; allowed: a sweep file" + (f" ({', '.join(inside)})" if inside else ""))
     try:
+        if path.is_dir():
+            inside = sorted(found.name for found in path.glob("*.y*ml"))
+            names = f" ({', '.join(inside)})" if inside else ""
+            raise UserError(f"{path}: got a folder; allowed: a sweep file{names}")
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file{_nearest_file(path)}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
     return parse(text, path, overrides)
 
 
@@ -49,12 +50,10 @@ def parse(text: str, path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
     ``path`` names the file in messages; relative paths in the sweep start at its folder.
     """
     tree, places = read_document(text, str(path))
-    if isinstance(tree.get("match"), str):
-        # The short form; written out here so that an override of match.ffn_multiple finds a mapping.
-        tree["match"] = {"by": tree["match"]}
-        places.values[("match", "by")] = places.values[("match",)]
+    _write_out_match(tree, places)
     for override in overrides:
         apply_override(tree, override, places)
+        _write_out_match(tree, places)
     problems = Problems(places)
     values = _settings(tree, problems)
     values |= _cells(tree, problems)
@@ -62,6 +61,16 @@ def parse(text: str, path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
     sweep = Sweep(**values, text=text, overrides=tuple(overrides), path=os.path.abspath(path))
     sweep._places = places
     return sweep
+
+
+def _write_out_match(tree: dict[str, Any], places: Places) -> None:
+    """The short form, ``match: parameters``, as the mapping that an override of match.ffn_multiple finds."""
+    if isinstance(tree.get("match"), str):
+        tree["match"] = {"by": tree["match"]}
+        if ("match",) in places.overrides:
+            places.overrides[("match", "by")] = places.overrides[("match",)]
+        else:
+            places.values[("match", "by")] = places.values[("match",)]
 
 
 def _settings(tree: dict[str, Any], problems: Problems) -> dict[str, Any]:
@@ -95,8 +104,8 @@ def _cells(tree: dict[str, Any], problems: Problems) -> dict[str, Any]:
     varied = [*axes, *(name for group in zipped for name in group), *(name for row in rows for name in row)]
     exclude = read_exclude(tree.get("exclude", []), list(arms), varied, problems)
     baseline = tree.get("baseline")
-    if "baseline" in tree and "arms" in tree and baseline not in tree["arms"]:
-        known = list(arms)
+    known = list(arms)
+    if "baseline" in tree and known and baseline not in known:
         problems.add(("baseline",), f"got {describe(baseline)}; allowed: {', '.join(known)}{nearest(baseline, known)}")
     return {
         "base": base,

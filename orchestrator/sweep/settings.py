@@ -92,6 +92,7 @@ class BudgetConfig(Frozen):
 
 class CheckpointConfig(Frozen):
     every_steps: Count | None = None
+    """None: ten times over the schedule."""
     keep: Count = 2
 
 
