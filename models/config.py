@@ -43,8 +43,30 @@ class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
+class MoEConfig(Frozen):
+    """A mixture of experts in place of every FFN: a softmax router sends each token to its ``top_k`` experts.
+
+    No token is dropped. The chosen weights sum to one (a softmax over the chosen logits), but for ``top_k`` 1: there
+    the weight is the expert's own probability, since a weight that is always one would teach the router nothing.
+    The paper does not publish the coefficients: the defaults are ours.
+    """
+
+    num_experts: Annotated[int, BeforeValidator(_integral), Field(ge=2)]
+    top_k: Count
+    aux_loss_coefficient: Annotated[float, Field(ge=0.0)] = 1e-3
+    """Of the load-balancing loss over the global batch (arXiv 2501.11873); 0 turns it off."""
+    z_loss_coefficient: Annotated[float, Field(ge=0.0)] = 1e-3
+    """Of the router's z-loss (ST-MoE, arXiv 2202.08906); 0 turns it off."""
+
+    @model_validator(mode="after")
+    def _enough_experts(self) -> MoEConfig:
+        if self.top_k > self.num_experts:
+            raise ValueError(f"top_k {self.top_k} must not exceed num_experts {self.num_experts}")
+        return self
+
+
 class ModelConfig(Frozen):
-    """A dense decoder of the paper's shape family: pre-norm RMSNorm, SwiGLU, RoPE, GQA."""
+    """A decoder of the paper's shape family, dense or MoE: pre-norm RMSNorm, SwiGLU, RoPE, GQA."""
 
     num_layers: Count
     hidden_size: Count
@@ -52,6 +74,8 @@ class ModelConfig(Frozen):
     num_kv_heads: Count
     head_dim: Count
     ffn_size: Count
+    """Of one expert, where there are experts."""
+    moe: MoEConfig | None = None
     qk_norm: bool = True
     tied_embeddings: bool = True
     rope_base: Positive = 10_000.0

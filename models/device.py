@@ -1,7 +1,7 @@
 """The CPU as a Megatron device: the only place that patches Megatron-Core or torch.cuda.
 
 Megatron-Core asks for CUDA by name in a few factories and contexts. ``prepare`` turns those into their CPU
-counterparts once a process; on a CUDA machine it changes nothing, so that there is one model code.
+counterparts once a process; on a CUDA machine it mends a missing name and no more, so that there is one model code.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ def prepare(device: str, local_rank: int = 0) -> None:
     Raises RuntimeError when CUDA is asked for and not there.
     """
     global _prepared
+    _mend_router()
     if device == "cuda":
         if not torch.cuda.is_available():
             raise RuntimeError("resources.gpus asks for CUDA, and torch sees no CUDA device in this process")
@@ -57,6 +58,14 @@ def prepare(device: str, local_rank: int = 0) -> None:
     # Dropout is 0 in every model here, so nothing draws inside a fork; the CUDA state it saves does not exist.
     megatron_random.CudaRNGStatesTracker.fork = lambda self, *_: contextlib.nullcontext()
     _prepared = True
+
+
+def _mend_router() -> None:
+    """Without Transformer Engine Megatron's MoE router asks for a name that was never bound (0.16.1)."""
+    from megatron.core.transformer.moe import moe_utils
+
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
 
 
 @contextlib.contextmanager

@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
 from torch import nn
 from torch.nn import functional
 
 from models.attention import GatedSelfAttention
-from models.config import GateConfig, Layout, ModelConfig, TrialConfig
+from models.config import GateConfig, Layout, ModelConfig, MoEConfig, TrialConfig
 from models.core_attention import SinkCoreAttention, TorchCoreAttention
 from models.residual import NormalisedAdd
 
@@ -57,12 +59,38 @@ def transformer_config(model: ModelConfig, precision: str, layout: Layout, devic
         masked_softmax_fusion=on_cuda,
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
+        **(_moe_options(model.moe, model.ffn_size, layout) if model.moe is not None else {}),
     )
+
+
+def _moe_options(moe: MoEConfig, expert_size: int, layout: Layout) -> dict[str, Any]:
+    """Megatron's dropless top-k MoE layer, an expert after the other: grouped products need CUDA libraries."""
+    return {
+        "num_moe_experts": moe.num_experts,
+        "moe_ffn_hidden_size": expert_size,
+        "moe_router_topk": moe.top_k,
+        "moe_router_score_function": "softmax",
+        # A softmax over the chosen logits is the softmax over all, chosen and normalised again. With one expert it
+        # would be the constant one, without a gradient.
+        "moe_router_pre_softmax": moe.top_k == 1,
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "global_aux_loss",
+        # Megatron divides each rank's share of this loss by the tokens of all ranks, and then averages over the ranks
+        # as if it were a mean already: without the factor the loss would fade with data parallelism.
+        "moe_aux_loss_coeff": moe.aux_loss_coefficient * layout.data,
+        "moe_z_loss_coeff": moe.z_loss_coefficient or None,
+        "moe_token_dispatcher_type": "allgather",
+        "moe_grouped_gemm": False,
+    }
 
 
 def layer_spec(model: ModelConfig, gates: Sequence[GateConfig]) -> ModuleSpec:
     """Megatron's local layer, its self-attention replaced by the gated one, its core attention by ours."""
-    spec = get_gpt_layer_local_spec(qk_layernorm=model.qk_norm, normalization="RMSNorm")
+    spec = get_gpt_layer_local_spec(
+        num_experts=model.moe.num_experts if model.moe is not None else None,
+        qk_layernorm=model.qk_norm,
+        normalization="RMSNorm",
+    )
     attention = spec.submodules.self_attention
     core_attention = SinkCoreAttention if model.softmax_sink else TorchCoreAttention
     inner = dataclasses.replace(attention.submodules, core_attention=core_attention)
@@ -82,6 +110,8 @@ def layer_spec(model: ModelConfig, gates: Sequence[GateConfig]) -> ModuleSpec:
 def build_model(trial: TrialConfig, layout: Layout, device: str) -> GPTModel:
     """This rank's part of the model, on ``device``, its weights drawn from torch's current seed."""
     config = transformer_config(trial.model, trial.precision, layout, device)
+    # Megatron sums router losses by layer in a process-wide table, which a warm gang's next model may not fit.
+    get_moe_layer_wise_logging_tracker().clear()
     model = GPTModel(
         config=config,
         transformer_layer_spec=layer_spec(trial.model, trial.gates),

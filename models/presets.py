@@ -1,8 +1,11 @@
-"""Named sizes of one shape family, from under a million parameters (CPU) to the paper's dense models."""
+"""Named sizes of one shape family, from under a million parameters (CPU) to the paper's models.
+
+The MoE ones keep two of the paper's habits: an expert is 3/8 as wide as the model, and embeddings are not tied.
+"""
 
 from __future__ import annotations
 
-from models.config import ModelConfig
+from models.config import ModelConfig, MoEConfig
 
 PRESETS: dict[str, ModelConfig] = {
     "cpu-tiny": ModelConfig(num_layers=2, hidden_size=64, num_query_heads=4, num_kv_heads=2, head_dim=16, ffn_size=192),
@@ -13,5 +16,35 @@ PRESETS: dict[str, ModelConfig] = {
     ),
     "dense-1.7b-48l": ModelConfig(
         num_layers=48, hidden_size=1536, num_query_heads=16, num_kv_heads=8, head_dim=128, ffn_size=4608
+    ),
+    "cpu-moe-tiny": ModelConfig(
+        num_layers=2,
+        hidden_size=64,
+        num_query_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+        ffn_size=24,
+        moe=MoEConfig(num_experts=8, top_k=2),
+        tied_embeddings=False,
+    ),
+    "cpu-moe-1m": ModelConfig(
+        num_layers=4,
+        hidden_size=128,
+        num_query_heads=4,
+        num_kv_heads=2,
+        head_dim=32,
+        ffn_size=48,
+        moe=MoEConfig(num_experts=16, top_k=4),
+        tied_embeddings=False,
+    ),
+    "moe-15a2b": ModelConfig(
+        num_layers=24,
+        hidden_size=2048,
+        num_query_heads=32,
+        num_kv_heads=4,
+        head_dim=128,
+        ffn_size=768,
+        moe=MoEConfig(num_experts=128, top_k=8),
+        tied_embeddings=False,
     ),
 }

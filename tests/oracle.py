@@ -27,9 +27,9 @@ def unpack(named: Mapping[str, Tensor], model: ModelConfig, gates: Sequence[Gate
         if name.endswith("self_attention.linear_qkv.weight"):
             prefix = name.removesuffix("self_attention.linear_qkv.weight")
             weights |= {f"{prefix}{part}": rows for part, rows in _qkv(tensor, model, gates).items()}
-        elif name.endswith("mlp.linear_fc1.weight"):
-            stem = name.removesuffix("mlp.linear_fc1.weight")
-            weights[f"{stem}ffn_gate"], weights[f"{stem}ffn_up"] = tensor.chunk(2)
+        elif name.endswith("linear_fc1.weight"):
+            stem = name.removesuffix("linear_fc1.weight")
+            weights[f"{stem}gate"], weights[f"{stem}up"] = tensor.chunk(2)
         else:
             weights[name] = tensor.clone()
     return weights
@@ -67,29 +67,75 @@ def activation(name: str, x: Tensor) -> Tensor:
     return {"sigmoid": sigmoid, "silu": x * sigmoid, "ns_sigmoid": 0.5 + 0.5 * sigmoid, "identity": x}[name]
 
 
+def chosen(logits: Tensor, top_k: int) -> Tensor:
+    """One for the ``top_k`` largest, zero for the others."""
+    rank = (logits[..., None, :] > logits[..., :, None]).sum(dim=-1)
+    return (rank < top_k).double()
+
+
 class Oracle:
     """The whole decoder; ``weights`` are leaves that collect gradients."""
 
     def __init__(self, model: ModelConfig, gates: Sequence[GateConfig], weights: Weights) -> None:
         self.model, self.gates = model, {gate.position: gate for gate in gates}
         self.weights = {name: weight.clone().requires_grad_() for name, weight in weights.items()}
+        self.router_logits: list[Tensor] = []
+        """[B, S, experts] of every layer of the last forward pass."""
 
     def losses(self, tokens_BS: Tensor, labels_BS: Tensor) -> Tensor:
         """Cross-entropy in nats of every label, [B, S]."""
         model, weights = self.model, self.weights
+        self.router_logits = []
         x = weights["embedding.word_embeddings.weight"][tokens_BS]
         for layer in range(model.num_layers):
             prefix = f"decoder.layers.{layer}."
             normed = rms_norm(x, weights[prefix + "input_layernorm.weight"], model.norm_epsilon)
             x = x + self._sandwiched(prefix + "self_attn_bda", self._attention(prefix, normed))
             normed = rms_norm(x, weights[prefix + "pre_mlp_layernorm.weight"], model.norm_epsilon)
-            gated = activation("silu", normed @ weights[prefix + "ffn_gate"].T)
-            ffn = (gated * (normed @ weights[prefix + "ffn_up"].T)) @ weights[prefix + "mlp.linear_fc2.weight"].T
-            x = x + self._sandwiched(prefix + "mlp_bda", ffn)
+            ffn = self._swiglu if model.moe is None else self._experts
+            x = x + self._sandwiched(prefix + "mlp_bda", ffn(prefix + "mlp.", normed))
         x = rms_norm(x, weights["decoder.final_layernorm.weight"], model.norm_epsilon)
         output = "embedding.word_embeddings.weight" if model.tied_embeddings else "output_layer.weight"
         logits = x @ weights[output].T
         return torch.logsumexp(logits, dim=-1) - logits.gather(-1, labels_BS[..., None])[..., 0]
+
+    def _swiglu(self, stem: str, x: Tensor) -> Tensor:
+        gated = activation("silu", x @ self.weights[stem + "gate"].T) * (x @ self.weights[stem + "up"].T)
+        return gated @ self.weights[stem + "linear_fc2.weight"].T
+
+    def _experts(self, stem: str, x: Tensor) -> Tensor:
+        """Every expert on every token, weighted; the weight is zero but for the token's top k."""
+        moe = self.model.moe
+        assert moe is not None
+        logits = x @ self.weights[stem + "router.weight"].T
+        self.router_logits.append(logits)
+        probabilities = logits.exp() / logits.exp().sum(dim=-1, keepdim=True)
+        weights = probabilities * chosen(logits, moe.top_k)
+        if moe.top_k > 1:
+            weights = weights / weights.sum(dim=-1, keepdim=True)
+        outputs = [
+            weights[..., expert, None] * self._swiglu(f"{stem}experts.local_experts.{expert}.", x)
+            for expert in range(moe.num_experts)
+        ]
+        return torch.stack(outputs).sum(dim=0)
+
+    def fractions(self) -> list[Tensor]:
+        """Of the last pass, each layer's share of its choices that went to each expert: f of arXiv 2501.11873."""
+        assert self.model.moe is not None
+        top_k = self.model.moe.top_k
+        return [chosen(logits, top_k).flatten(0, -2).mean(dim=0) / top_k for logits in self.router_logits]
+
+    def router_losses(self, fractions: Sequence[Tensor] | None = None) -> Tensor:
+        """Load balancing, experts * sum of f * mean probability, and z-loss, mean of logsumexp^2; zero when dense."""
+        moe, total = self.model.moe, torch.zeros((), dtype=torch.float64)
+        if moe is None:
+            return total
+        for logits, fraction in zip(self.router_logits, fractions or self.fractions(), strict=True):
+            mean_probability = torch.softmax(logits, dim=-1).flatten(0, -2).mean(dim=0)
+            balance = moe.num_experts * (fraction * mean_probability).sum()
+            z = (torch.logsumexp(logits, dim=-1) ** 2).mean()
+            total = total + moe.aux_loss_coefficient * balance + moe.z_loss_coefficient * z
+        return total
 
     def _sandwiched(self, name: str, output: Tensor) -> Tensor:
         """What joins the residual: with sandwich norm the normalised output."""
@@ -185,10 +231,11 @@ def token_weight(tokens_BS: Tensor) -> Tensor:
 def losses_and_gradients(
     trial: TrialConfig, weights: Weights, tokens_BS: Tensor, labels_BS: Tensor
 ) -> tuple[Tensor, Weights]:
-    """The oracle's losses [B, S], and the gradients of their weighted sum, by the names of ``unpack``."""
+    """The oracle's losses [B, S], and the gradients of their weighted sum (and of the router's losses), by the names of
+    ``unpack``."""
     oracle = Oracle(trial.model, trial.gates, weights)
     losses = oracle.losses(tokens_BS, labels_BS)
-    (losses * token_weight(tokens_BS)).sum().backward()
+    ((losses * token_weight(tokens_BS)).sum() + oracle.router_losses()).backward()
     return losses.detach(), {name: weight.grad for name, weight in oracle.weights.items() if weight.grad is not None}
 
 

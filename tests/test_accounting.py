@@ -3,12 +3,10 @@
 import pytest
 
 from models import accounting
-from models.config import GateConfig, ModelConfig
+from models.config import GateConfig, MoEConfig
 from models.presets import PRESETS
 
-MOE_ATTENTION = ModelConfig(
-    num_layers=24, hidden_size=2048, num_query_heads=32, num_kv_heads=4, head_dim=128, ffn_size=768
-)
+MOE = PRESETS["moe-15a2b"]
 DENSE = PRESETS["dense-1.7b-28l"]
 PAPER_VOCABULARY = 152_064
 ELEMENTWISE = GateConfig(position="sdpa")
@@ -29,9 +27,46 @@ HEADWISE = GateConfig(position="sdpa", granularity="headwise")
 )
 def test_added_parameters_of_the_moe_are_the_papers(position, granularity, millions):
     gate = GateConfig(position=position, granularity=granularity)
-    added = MOE_ATTENTION.num_layers * accounting.gate_parameters(MOE_ATTENTION, gate)
+    added = accounting.parameters(MOE, gate, PAPER_VOCABULARY) - accounting.parameters(MOE, None, PAPER_VOCABULARY)
     digits = len(str(millions).partition(".")[2])
     assert round(added / 1e6, digits) == millions
+
+
+def test_parameters_of_the_papers_controls_on_the_moe():
+    """More key/value heads, more query heads, and 4 more experts, of which a token uses all 4."""
+    experts = MoEConfig(num_experts=132, top_k=12)
+    controls = {"num_kv_heads": (8, 50.3), "num_query_heads": (48, 201.3), "moe": (experts, 453.0)}
+    for name, (value, millions) in controls.items():
+        control = MOE.model_copy(update={name: value})
+        for count in (accounting.parameters, accounting.active_parameters):
+            added = count(control, None, PAPER_VOCABULARY) - count(MOE, None, PAPER_VOCABULARY)
+            router = 24 * 4 * 2048 if name == "moe" else 0
+            # The router's rows for the 4 experts are no part of the arithmetic; all of them are active.
+            assert round((added - router) / 1e6, 1) == millions, (name, count)
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "tied", "total", "active"),
+    [(151_936, False, 15.58, 1.99), (152_064, False, 15.58, 1.99), (152_064, True, 15.27, 1.68)],
+)
+def test_parameters_of_the_papers_moe(vocabulary, tied, total, active):
+    """15 B, and the 2 B of the name; not the 2.54 B of the text, which the published shape gives with no vocabulary."""
+    model = MOE.model_copy(update={"tied_embeddings": tied})
+    assert round(accounting.parameters(model, None, vocabulary) / 1e9, 2) == total
+    assert round(accounting.active_parameters(model, None, vocabulary) / 1e9, 2) == active
+
+
+def test_all_parameters_of_a_dense_model_are_active():
+    for gate in (None, ELEMENTWISE):
+        total = accounting.parameters(DENSE, gate, PAPER_VOCABULARY)
+        assert accounting.active_parameters(DENSE, gate, PAPER_VOCABULARY) == total
+
+
+def test_matching_spreads_a_gate_over_the_experts():
+    """201.3 M over 24 layers of 128 experts is 10.7 of an expert's width; for FLOPs, over the 8 that a token uses."""
+    assert accounting.match_ffn_size(MOE, ELEMENTWISE, 1) == 757
+    assert accounting.match_ffn_size(MOE, ELEMENTWISE, accounting.default_ffn_multiple(MOE)) == 760
+    assert accounting.match_ffn_size_for_flops(MOE, ELEMENTWISE, 1) == 597
 
 
 @pytest.mark.parametrize(
@@ -56,7 +91,8 @@ def test_matched_models_are_as_near_the_baseline_as_the_multiple_allows(preset, 
         matched = model.model_copy(update={"ffn_size": accounting.match_ffn_size(model, gate, multiple)})
         assert matched.ffn_size % multiple == 0
         difference = accounting.parameters(matched, gate, 256) - accounting.parameters(model, None, 256)
-        assert abs(difference) <= model.num_layers * 3 * model.hidden_size * multiple / 2
+        num_ffns = model.num_layers * (model.moe.num_experts if model.moe else 1)
+        assert abs(difference) <= num_ffns * 3 * model.hidden_size * multiple / 2
 
 
 def test_matching_leaves_what_costs_nothing_alone():
@@ -68,9 +104,10 @@ def test_matching_leaves_what_costs_nothing_alone():
     assert accounting.match_ffn_size_for_flops(odd, learned, 128) == 383
 
 
+@pytest.mark.parametrize("preset", ["cpu-4m", "moe-15a2b"])
 @pytest.mark.parametrize("position", ["sdpa", "value", "key", "query", "dense"])
-def test_flop_matched_models_cost_the_baselines_flops(position):
-    model, gate = PRESETS["cpu-4m"], GateConfig(position=position)
+def test_flop_matched_models_cost_the_baselines_flops(preset, position):
+    model, gate = PRESETS[preset], GateConfig(position=position)
     matched = model.model_copy(update={"ffn_size": accounting.match_ffn_size_for_flops(model, gate, 1)})
     ours, baseline = (
         accounting.forward_flops_per_token(shape, kind, 256, 256) for shape, kind in ((matched, gate), (model, None))

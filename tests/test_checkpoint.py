@@ -11,6 +11,7 @@ from small_trials import corpus_trial, metrics, new_attempt, summary_of, write_c
 
 from models import run_dir
 from models.config import GateConfig, Layout
+from models.presets import PRESETS
 
 STEPS = 6
 
@@ -27,11 +28,20 @@ GATES = {
     "dense-none": GateConfig(position="dense", input="none"),
     "constant": GateConfig(position="sdpa", input="constant", scale=0.5),
 }
+EXPERTS = {"experts": None, "experts-sdpa": GateConfig(position="sdpa")}
+"""Gates of a model with a router in every layer."""
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     return write_corpus(tmp_path_factory.mktemp("corpus") / "corpus.jsonl")
+
+
+def trial_of(corpus, kind):
+    if kind in GATES:
+        return corpus_trial(corpus, GATES[kind], STEPS)
+    trial = corpus_trial(corpus, EXPERTS[kind], STEPS)
+    return trial.model_copy(update={"model": PRESETS["cpu-moe-tiny"]})
 
 
 def stop_after(num_steps):
@@ -74,12 +84,12 @@ def resumed(home, trial, world, step, **spec):
     return second
 
 
-@pytest.mark.parametrize("kind", GATES)
+@pytest.mark.parametrize("kind", [*GATES, *EXPERTS])
 def test_resumed_is_undisturbed_bit_for_bit(world, corpus, tmp_path, kind):
     """Metrics, and at the step before the last the weights and moments too. The process is warm: others ran in it."""
     from models.trainer import train
 
-    trial, last = corpus_trial(corpus, GATES[kind], STEPS), STEPS - 1
+    trial, last = trial_of(corpus, kind), STEPS - 1
     whole = new_attempt(tmp_path / "whole", trial, checkpoint_every_steps=last)
     killed = new_attempt(tmp_path / "killed", trial, checkpoint_every_steps=3)
     assert train(whole, world).outcome == "complete"

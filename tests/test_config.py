@@ -5,7 +5,16 @@ import itertools
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from models.config import DataConfig, GateConfig, Layout, ModelConfig, TrainConfig, TrialConfig, ValidationConfig
+from models.config import (
+    DataConfig,
+    GateConfig,
+    Layout,
+    ModelConfig,
+    MoEConfig,
+    TrainConfig,
+    TrialConfig,
+    ValidationConfig,
+)
 from models.presets import PRESETS
 
 
@@ -121,6 +130,22 @@ def test_impossible_shapes_are_refused(changes, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"top_k": 9}, "top_k 9 must not exceed num_experts 8"),
+        ({"top_k": 0}, "top_k"),
+        ({"num_experts": 1, "top_k": 1}, "greater than or equal to 2"),
+        ({"aux_loss_coefficient": -1e-3}, "aux_loss_coefficient"),
+        ({"z_loss_coefficient": -1e-3}, "z_loss_coefficient"),
+        ({"capacity": 1.0}, "Extra inputs are not permitted"),
+    ],
+)
+def test_impossible_experts_are_refused(changes, message):
+    with pytest.raises(ValidationError, match=message):
+        MoEConfig(**{"num_experts": 8, "top_k": 2} | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
         ({"schedule": "wsd", "warmup_fraction": 0.6, "decay_fraction": 0.5}, r"0.6 \+ decay_fraction 0.5 must not"),
         ({"warmup_fraction": 1.5}, "warmup_fraction"),
         ({"weight_decay": -0.1}, "weight_decay"),
@@ -184,6 +209,7 @@ FULL = trial(GateConfig(position="sdpa"), data=DataConfig(corpus_sha256="c" * 64
 
 OTHER_VALUES = {
     "sdpa_output": "silu",
+    "moe": MoEConfig(num_experts=8, top_k=2),
     "more_gates": (GateConfig(position="dense"),),
     "granularity": "headwise",
     "sharing": "head_shared",
@@ -258,6 +284,16 @@ def test_the_fingerprint_changes_with_options_of_options(name):
     assert trial(gate).fingerprint() != trial(plain).fingerprint()
 
 
+@pytest.mark.parametrize("name", MoEConfig.model_fields)
+def test_the_fingerprint_changes_with_every_field_of_the_experts(name):
+    experts = trial(model=PRESETS["cpu-moe-tiny"])
+    path = ("model", "moe", name)
+    changed = with_leaf(experts, path, another(name, getattr(experts.model.moe, name)))
+    assert changed.fingerprint() != experts.fingerprint()
+    if name.endswith("coefficient"):
+        assert len({with_leaf(experts, path, value).fingerprint() for value in (0.0, 1e-3, 1.0)}) == 3
+
+
 def test_every_field_is_either_learnt_or_known_not_to_be():
     paths = {path for path, _ in leaves(FULL)}
     assert {path for path, _ in LEARNT} | NOT_LEARNT | {("gate", name) for name in CONDITIONAL} == paths
@@ -302,3 +338,4 @@ def test_fingerprints_are_those_of_the_version_before():
     """Stored results are found by these. A new field changes them all, unless it is absent (None, False) by default."""
     assert trial().fingerprint() == "1c10ab1e6a434614"
     assert FULL.fingerprint() == "93861f1f1c4817a9"
+    assert "moe" not in FULL.canonical_json()

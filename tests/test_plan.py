@@ -141,6 +141,46 @@ def test_fields_stand_over_a_preset_wherever_they_are_set(plan):
     assert {trial.config.model.ffn_size for trial in planned.trials} == {100}
 
 
+def experts_of(planned, arm, **axes):
+    moe = one(planned, arm, **axes).config.model.moe
+    return None if moe is None else (moe.num_experts, moe.top_k, moe.aux_loss_coefficient)
+
+
+def test_the_experts_of_a_preset_are_fields_like_any_other(plan):
+    text = SMALL.replace(
+        "{preset: cpu-tiny}", "{preset: cpu-moe-tiny, moe: {top_k: 1, aux_loss_coefficient: 0.5}}"
+    ).replace(
+        "seeds:",
+        "  more: {model: {moe: {num_experts: 12, top_k: 3}}}\n  dense: {model: {moe: null, ffn_size: 96}}\nseeds:",
+    )
+    planned = plan(text)
+    found = {arm: experts_of(planned, arm) for arm in ("none", "g1", "more", "dense")}
+    assert found == {"none": (8, 1, 0.5), "g1": (8, 1, 0.5), "more": (12, 3, 0.5), "dense": None}
+    assert experts_of(plan(text, "model.moe.top_k=4"), "none") == (8, 4, 0.5)
+    totals = [trial.num_parameters for trial in planned.trials if trial.arm in ("none", "more") and trial.seed == 1]
+    assert abs(totals[0] - totals[1]) == 2 * (4 * 3 * 64 * 24 + 4 * 64)
+
+
+def test_experts_can_be_given_to_a_dense_model_by_an_arm(plan):
+    planned = plan(
+        SMALL.replace("{gate: {position: sdpa}}", "{model: {moe: {num_experts: 4, top_k: 2}, ffn_size: 96}}")
+    )
+    assert experts_of(planned, "none") is None
+    assert experts_of(planned, "g1") == (4, 2, 1e-3)
+
+
+def test_a_field_of_the_experts_can_be_an_axis_and_presets_with_and_without_them_too(plan):
+    text = SMALL.replace("cpu-tiny", "cpu-moe-tiny") + "axes: {model.moe.num_experts: [8, 12]}\n"
+    planned = plan(text)
+    assert experts_of(planned, "g1", **{"model.moe.num_experts": 12}) == (12, 2, 1e-3)
+    both = plan(SMALL + "axes: {model.preset: [cpu-tiny, cpu-moe-tiny]}\n")
+    assert experts_of(both, "g1", **{"model.preset": "cpu-moe-tiny"}) == (8, 2, 1e-3)
+    assert experts_of(both, "g1", **{"model.preset": "cpu-tiny"}) is None
+    cells = plan(SMALL + "rows:\n  - {model.ffn_size: 100}\n  - {model.moe.num_experts: 4, model.moe.top_k: 2}\n")
+    values = {trial.axes["model.moe.num_experts"] for trial in cells.trials}
+    assert values == {None, 4}
+
+
 def test_a_preset_can_be_an_axis(plan):
     planned = plan(SMALL + "axes: {model.preset: [cpu-tiny, cpu-1m]}\n")
     assert one(planned, "none", **{"model.preset": "cpu-1m"}).config.model.num_layers == 4
@@ -410,6 +450,13 @@ def test_the_multiple_can_be_given_and_is_kept_divisible_by_tensor_parallelism(p
         ffn_sizes(plan(SMALL + "match: {by: parameters, ffn_multiple: 3}\nresources: {layout: {tensor: 2}}\n"))["g1"]
         == 168
     )
+
+
+def test_matching_narrows_every_expert(plan):
+    text = SMALL.replace("cpu-tiny", "cpu-moe-tiny").replace("{gate: {position: sdpa}}", "{gate: {position: dense}}")
+    # 64 x 64 gate parameters a layer over 3 x 64 a unit of width, of 8 experts or of the 2 that a token uses.
+    for by, width in (("parameters", 21), ("flops", 13)):
+        assert ffn_sizes(plan(text + f"match: {{by: {by}, ffn_multiple: 1}}\n")) == {"none": 24, "g1": width}
 
 
 def test_an_arm_that_sets_its_width_keeps_it(plan):

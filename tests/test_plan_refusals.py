@@ -53,6 +53,7 @@ def refused(folder, monkeypatch):
 
 
 REFUSALS = [
+    ("resources: {layout: {tensor: 2}}\naxes: {model.preset: [cpu-moe-tiny]}", "model.moe with layout.tensor 2: Megatron trains experts over tensor ranks only with sequence parallelism"),
     ("resources: {layout: {tensor: 4}}", "model.num_kv_heads 2 is not divisible by layout.tensor 4"),
     ("resources: {layout: {tensor: 8}}", "model.num_query_heads 4 is not divisible by layout.tensor 8"),
     ("resources: {layout: {tensor: 3}}", "vocabulary 256 is not divisible by layout.tensor 3"),
@@ -113,6 +114,11 @@ WHOLE = [
     (arm("{gate: {position: dense, granularity: headwise}}"), "x.yaml:10:45: arms.g1.gate.granularity: granularity headwise is not allowed at position dense: its output has no heads"),
     (arm("{gate: {granularity: headwise}}"), "x.yaml:10:8: arms.g1.gate: missing key position; allowed: sdpa, value, key, query, dense"),
     (arm("{model: {num_kv_heads: 3}}"), "x.yaml:10:30: arms.g1.model.num_kv_heads: num_query_heads 4 must be a multiple of num_kv_heads 3"),
+    (arm("{model: {moe: {num_experts: 4, top_k: 5}}}"), "x.yaml:10:45: arms.g1.model.moe.top_k: top_k 5 must not exceed num_experts 4"),
+    (arm("{model: {moe: {num_experts: 4}}}"), "x.yaml:10:16: arms.g1.model.moe: missing key top_k; allowed: a whole number of at least 1"),
+    (arm("{model: {moe: {}}}"), "x.yaml:10:21: arms.g1.model.moe: got an empty mapping; allowed: a mapping with at least one key, or null for none"),
+    (SMALL + "axes: {model.moe.top_k: [1, 2]}", "x.yaml:12:26: axes.model.moe.top_k[0]: sets a part of model.moe, but arm none lacks model.moe.num_experts"),
+    (SMALL + "axes: {model.moe: [1, 2]}", "axes.model.moe: model.moe is a section; allowed: one of its fields: model.moe.num_experts"),
     (arm("{model: {head_dim: 15}}"), "arms.g1.model.head_dim: head_dim 15 must be even"),
     (arm("{gate: {position: sdpa, qk_order: before_norm}}"), "arms.g1.gate.qk_order: qk_order before_norm is for positions key and query, not sdpa"),
     (SMALL.replace("batch_tokens: 2048", "batch_tokens: 2000"), "x.yaml:6:39: base.train.batch_tokens: train.batch_tokens 2,000 must be a multiple of data.sequence_length 256"),

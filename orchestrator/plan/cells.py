@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
-from models.config import ModelConfig
 from models.presets import PRESETS
 from orchestrator.sweep import Derived, DocumentPath, Sweep, check_value, config_fields
 
@@ -26,6 +25,8 @@ class Leaf:
 
 
 Leaves = dict[str, Leaf]
+_NULLABLE = ("gate", "model.moe")
+"""Sections of the config that may be absent."""
 
 
 class CellError(Exception):
@@ -88,8 +89,9 @@ def compose(sweep: Sweep, arm: str, assignment: Leaves) -> Leaves:
         _lay_over(leaves, path, leaf)
     preset = leaves.get("model.preset")
     if preset is not None:
-        for name in ModelConfig.model_fields:
-            leaves.setdefault(f"model.{name}", Leaf(getattr(PRESETS[preset.value], name), preset.source))
+        for path, leaf in _of_preset(preset):
+            if not any(path.startswith(f"{other}.") or other.startswith(f"{path}.") for other in leaves):
+                leaves.setdefault(path, leaf)
     leaves.setdefault("precision", Leaf("fp32" if sweep.resources.gpus == 0 else "bf16", ("resources", "gpus")))
     for path in [path for path, leaf in leaves.items() if isinstance(leaf.value, Derived)]:
         _compute(leaves, path, (path,))
@@ -116,17 +118,24 @@ def excluded_by(entry: Mapping[str, Any], arm: str, axes: Mapping[str, Any]) -> 
 
 
 def axis_values(sweep: Sweep, leaves: Leaves) -> dict[str, Any]:
-    """The cell's value on every axis, also where only another row set it; None for a field of a gate that is not."""
+    """The cell's value on every axis, also where only another row set it; None for a field of what is absent."""
     return {name: _value(leaves, name) for name in sweep.axis_names}
 
 
 def _value(leaves: Leaves, path: str) -> Any:
-    """The value at ``path``, set or by default; None for a field of a gate that is not."""
+    """The value at ``path``, set or by default; None for a field of a gate, or of experts, that are not."""
     if path in leaves:
         return leaves[path].value
-    if path.startswith("gate.") and not any(other.startswith("gate.") for other in leaves):
+    section = path.rpartition(".")[0]
+    if section in _NULLABLE and not any(other.startswith(f"{section}.") for other in leaves):
         return None
     return config_fields()[path].default
+
+
+def _of_preset(preset: Leaf) -> Iterator[tuple[str, Leaf]]:
+    """The preset's fields, those of its experts too; all of them stand where the preset was named."""
+    for path, leaf in _flat(PRESETS[preset.value].model_dump(), "model.", ()):
+        yield path, Leaf(leaf.value, preset.source)
 
 
 def _flat(tree: Mapping[str, Any], prefix: str, source: DocumentPath) -> Iterator[tuple[str, Leaf]]:
@@ -140,8 +149,7 @@ def _flat(tree: Mapping[str, Any], prefix: str, source: DocumentPath) -> Iterato
 
 def _lay_over(leaves: Leaves, path: str, leaf: Leaf) -> None:
     """Set one value. ``gate: null`` clears the gate, and a field of a gate takes back an earlier ``gate: null``."""
-    section = path.partition(".")[0]
-    for old in [old for old in leaves if old.startswith(f"{path}.") or (old == section and old != path)]:
+    for old in [old for old in leaves if old.startswith(f"{path}.") or path.startswith(f"{old}.")]:
         del leaves[old]
     leaves.pop(path, None)
     leaves[path] = leaf

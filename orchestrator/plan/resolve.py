@@ -63,6 +63,11 @@ def refusals(config: TrialConfig, resources: ResourcesConfig) -> list[str]:
     for name in ("pipeline", "expert"):
         if (ranks := getattr(layout, name)) > 1:
             reasons.append(f"layout.{name} {ranks}: not in this version, which takes 1")
+    if model.moe is not None and layout.tensor > 1:
+        reasons.append(
+            f"model.moe with layout.tensor {layout.tensor}: Megatron trains experts over tensor ranks only with "
+            "sequence parallelism, which is not in this version; allowed: layout.tensor 1"
+        )
     sizes = {
         "model.num_query_heads": model.num_query_heads,
         "model.num_kv_heads": model.num_kv_heads,
