@@ -17,10 +17,7 @@ from orchestrator.sweep import RetryConfig
 
 NONFINITE = "nonfinite"
 RANK_DIED = "rank_died"
-GANG_FAILED = "gang_failed"
 ERROR = "error"
-INFRASTRUCTURE = (RANK_DIED, GANG_FAILED)
-"""Causes that are the machine's; they share a budget."""
 
 
 @dataclass(frozen=True)
@@ -97,8 +94,7 @@ def _after_nonfinite(step: int, reason: str, earlier: Sequence[AttemptRow]) -> C
 
 
 def _retried(cause: str, reason: str, earlier: Sequence[AttemptRow], budget: int) -> Consequence:
-    group = INFRASTRUCTURE if cause in INFRASTRUCTURE else (cause,)
-    spent = sum(attempt.cause in group for attempt in earlier)
+    spent = sum(attempt.cause == cause for attempt in earlier)
     if spent < budget:
         return Consequence("WAITING", cause, f"{reason}; retry {spent + 1} of {budget}")
     retries = {0: "no retry allowed", 1: "the only retry is used"}.get(budget, f"all {budget} retries used")

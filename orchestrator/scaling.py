@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Literal
@@ -69,16 +69,8 @@ class BestLearningRate:
         return sum(point.mean_loss_nats is not None for point in self.points)
 
 
-def best_by_arm(results: Iterable[CellResult], seeds: Sequence[int] | None = None) -> dict[str, BestLearningRate]:
-    """Every arm's best learning rate, arms in the order of their first result. ``seeds`` as below."""
-    by_arm: dict[str, list[CellResult]] = {}
-    for result in results:
-        by_arm.setdefault(result.arm, []).append(result)
-    return {arm: best_learning_rate(arm, of_arm, seeds) for arm, of_arm in by_arm.items()}
-
-
 def best_learning_rate(arm: str, results: Sequence[CellResult], seeds: Sequence[int] | None = None) -> BestLearningRate:
-    """Best of the grid: the lowest mean final loss over seeds (prior_art.md section 2, point 2).
+    """Best of the grid: the lowest mean final loss over seeds.
 
     ``seeds`` are those every cell must have; by default all that occur among ``results``. Of equal means the lower
     learning rate wins, as it is the farther from divergence. Raises ValueError for a trial given twice.

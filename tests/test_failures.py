@@ -9,7 +9,7 @@ import pytest
 
 from models.config import Layout
 from models.run_dir import Summary
-from orchestrator.failures import ERROR, GANG_FAILED, NONFINITE, RANK_DIED, Consequence, Ending, Wish, consequence
+from orchestrator.failures import ERROR, NONFINITE, RANK_DIED, Consequence, Ending, Wish, consequence
 from orchestrator.store import AttemptRow
 from orchestrator.sweep import RetryConfig
 
@@ -138,11 +138,6 @@ def test_a_dead_rank_is_retried_until_the_infrastructure_budget_is_used_up():
     assert states[0].reason == "process 7 of a rank died; retry 1 of 2"
     assert states[1].reason == "process 7 of a rank died; retry 2 of 2"
     assert states[2].reason == "process 7 of a rank died; all 2 retries used"
-
-
-def test_all_faults_of_the_machine_share_one_budget():
-    assert after(DIED, causes(GANG_FAILED, GANG_FAILED)).state == "FAILED"
-    assert after(DIED, causes(GANG_FAILED)).state == "WAITING"
 
 
 @pytest.mark.parametrize("end", ["raised", "vanished", "stopped"])

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from orchestrator.scaling import CellResult, best_by_arm, best_learning_rate
+from orchestrator.scaling import CellResult, best_learning_rate
 
 
 def cells(losses, arm="a"):
@@ -94,12 +94,6 @@ def test_the_answer_does_not_depend_on_the_order_of_the_results():
     for seed in range(5):
         shuffled = random.Random(seed).sample(results, len(results))
         assert best_learning_rate("a", shuffled) == answer
-
-
-def test_each_arm_has_its_own_best():
-    results = cells({1e-3: {1: 2.0}, 2e-3: {1: 2.1}}, "a") + cells({1e-3: {1: 2.1}, 2e-3: {1: 2.0}}, "b")
-    found = best_by_arm(results)
-    assert {arm: found[arm].best.lr for arm in found} == {"a": 1e-3, "b": 2e-3}
 
 
 def test_no_results_give_no_best_and_no_alarm():

@@ -15,11 +15,10 @@ from orchestrator.controller import Controller, SweepStopped, is_dead
 from orchestrator.gang import Cluster
 from orchestrator.plan import Plan
 from orchestrator.search import StudyMirror
-from orchestrator.store import LeaseLost, Store
+from orchestrator.store import FINISHED, LeaseLost, Store
 from orchestrator.sweep import Sweep, UserError
 from orchestrator.tracking import Mirror, TrackingError, mirror
 
-FINISHED = ("COMPLETE", "DIVERGED", "PRUNED")
 INTERRUPTED_EXIT, FAILED_EXIT = 130, 1
 MIRROR_CATCH_UP_SECONDS = 60.0
 CELLS_NAMED = 4

@@ -19,7 +19,7 @@ from orchestrator.controller.snapshot import Snapshot, View
 from orchestrator.failures import Consequence, Ending, Wish, consequence
 from orchestrator.gang import Cluster, Gang, GangEnd, GangShape, GangState
 from orchestrator.search import Search
-from orchestrator.store import FinishedIsFinal, Lease, LeaseHeld, Store, TrialRow, TrialTaken
+from orchestrator.store import STATES, FinishedIsFinal, Lease, LeaseHeld, Store, TrialRow, TrialTaken
 from orchestrator.sweep import Sweep, UserError
 from orchestrator.tracking import Mirror
 
@@ -30,7 +30,6 @@ LEASE_SECONDS = 20.0
 STOP_GRACE_SECONDS = 60.0
 """How long attempts that were told to stop may take to checkpoint."""
 GANG_STARTS_ALLOWED_TO_FAIL = 3
-STATES = ("WAITING", "RUNNING", "COMPLETE", "PRUNED", "DIVERGED", "FAILED", "CANCELED")
 
 
 class SweepStopped(Exception):
