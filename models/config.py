@@ -287,13 +287,34 @@ def _without_absent(content: dict[str, Any]) -> dict[str, Any]:
 
 
 class Layout(Frozen):
-    """How an attempt is spread over ranks. Not part of the fingerprint."""
+    """How an attempt is spread over ranks, and what it computes twice to save memory. Not part of the fingerprint.
+
+    Every layout gives the same numbers but for rounding. Ranks are ordered tensor, context, data, pipeline: those
+    that differ in tensor alone are adjacent.
+    """
 
     tensor: Count = 1
+    """Ranks over which the heads, the FFN and the vocabulary are cut."""
     pipeline: Count = 1
+    """Stages of consecutive layers."""
+    virtual_pipeline: Count = 1
+    """Model chunks a stage (Megatron's interleaved schedule): more communication, less idling."""
     expert: Count = 1
+    """Ranks over which whole experts are dealt out; they are ranks of tensor x context x data, not further ones."""
+    context: Count = 1
+    """Ranks over which a sequence is cut, attention included."""
     data: Count = 1
+    """Copies of all of this, each of which takes its share of the batch."""
+    sequence_parallel: bool = False
+    """Between its matrix products, a layer keeps 1/tensor of the sequence on each of the tensor ranks."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activations computed anew in the backward pass: none, those of core attention, or all but each layer's input."""
 
     @property
     def world_size(self) -> int:
-        return self.tensor * self.pipeline * self.data
+        return self.tensor * self.context * self.data * self.pipeline
+
+    @property
+    def expert_tensor(self) -> int:
+        """Ranks over which one expert is cut: experts are either cut like the other layers, or dealt out whole."""
+        return self.tensor if self.expert == 1 else 1

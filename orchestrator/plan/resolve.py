@@ -60,9 +60,13 @@ def matched(config: TrialConfig, sweep: Sweep, arm: str) -> TrialConfig:
 def refusals(config: TrialConfig, resources: ResourcesConfig) -> list[str]:
     """Why this version cannot run the config on this layout; empty when it can."""
     layout, model, reasons = resources.layout, config.model, []
-    for name in ("pipeline", "expert"):
+    for name in ("pipeline", "virtual_pipeline", "expert", "context"):
         if (ranks := getattr(layout, name)) > 1:
             reasons.append(f"layout.{name} {ranks}: not in this version, which takes 1")
+    if layout.sequence_parallel:
+        reasons.append("layout.sequence_parallel: not in this version")
+    if layout.recompute != "none":
+        reasons.append(f"layout.recompute {layout.recompute}: not in this version, which takes none")
     if model.moe is not None and layout.tensor > 1:
         reasons.append(
             f"model.moe with layout.tensor {layout.tensor}: Megatron trains experts over tensor ranks only with "
