@@ -8,10 +8,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PrivateAttr, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, model_validator
 
 from models.config import Count, Frozen, Integer, Layout, Positive
 from orchestrator.sweep.document import Places
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
 
 Seed = Annotated[Integer, Field(ge=0, le=2**31 - 1)]
 """As far as every random generator of the stack takes it (numpy's is the narrowest)."""
@@ -78,11 +82,64 @@ class ResourcesConfig(Frozen):
     """Sequences a rank takes at once; None: its whole share of the batch."""
 
 
+CountsAs = Literal["infrastructure", "error", "never_again", "nothing"]
+"""The retry budget that an end is charged to; ``never_again`` fails at once, ``nothing`` is retried uncounted."""
+
+
+def compile_pattern(text: str) -> Any:
+    """An RE2 expression: it matches in linear time, so that no log can hang the controller. ValueError if it is none."""
+    import re2
+
+    options = re2.Options()
+    options.log_errors = False
+    try:
+        return re2.compile(text, options)
+    except re2.error as error:
+        reason = error.args[0].decode() if error.args and isinstance(error.args[0], bytes) else str(error)
+        raise ValueError(f"{text!r} is no RE2 pattern: {reason}") from error
+
+
+def _checked_pattern(text: str) -> str:
+    compile_pattern(text)
+    return text
+
+
+Pattern = Annotated[str, Field(min_length=1, max_length=1000), AfterValidator(_checked_pattern)]
+
+
+class FailureRule(Frozen):
+    """An end with this evidence has this cause. Every kind of evidence that is given must match."""
+
+    cause: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,39}$", description="lower-case letters, digits and _")]
+    error: Pattern | None = None
+    """RE2, searched in the error that a rank raised, or that Ray told of a dead one: ``Class: message``."""
+    log: Pattern | None = None
+    """RE2, searched in the last 16 KiB of the failed rank's log."""
+    exit_code: Annotated[Integer, Field(ge=0, le=255)] | None = None
+    counts_as: CountsAs = "infrastructure"
+    host_faults: Annotated[Integer, Field(ge=0)] = 0
+    """What it weighs against the host of the failed rank; at 2 the sweep uses the host no more."""
+
+    @model_validator(mode="after")
+    def _looks_at_something(self) -> FailureRule:
+        if self.error is None and self.log is None and self.exit_code is None:
+            raise ValueError(f"rule for cause {self.cause} looks at nothing; allowed: error, log, exit_code")
+        return self
+
+
 class RetryConfig(Frozen):
-    """Attempts beside the first one, by cause."""
+    """Attempts beside the first one, by cause, and when a cause is seen."""
 
     infrastructure: Annotated[Integer, Field(ge=0)] = 5
     error: Annotated[Integer, Field(ge=0)] = 0
+    backoff_seconds: Annotated[float, Field(ge=0.0)] = 1.0
+    """Before the first retry; it doubles with every further one, up to five minutes."""
+    hang_seconds: Positive = 900.0
+    """A gang is hung when it has done nothing for so long, and for ``hang_steps`` of its usual steps."""
+    hang_steps: Positive = 20.0
+    rules: Annotated[tuple[FailureRule, ...], BeforeValidator(_as_tuple)] = Field(
+        default=(), description="a list of rules such as [{cause: stale_nfs, log: Stale file handle}]"
+    )
 
 
 class BudgetConfig(Frozen):

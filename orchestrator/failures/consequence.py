@@ -12,19 +12,28 @@ from dataclasses import dataclass
 from typing import Literal
 
 from models.run_dir import Summary
+from orchestrator.failures.causes import (
+    DISK_FULL,
+    GPU_OUT_OF_MEMORY,
+    HANG,
+    NONFINITE,
+    PREEMPTED,
+    Cause,
+    Evidence,
+    counted_as,
+    diagnose,
+)
 from orchestrator.store import AttemptRow
 from orchestrator.sweep import RetryConfig
 
-NONFINITE = "nonfinite"
-RANK_DIED = "rank_died"
-ERROR = "error"
+LONGEST_BACKOFF_SECONDS = 300.0
 
 
 @dataclass(frozen=True)
 class Wish:
     """Why the controller told an attempt to stop, if it did."""
 
-    kind: Literal["divergence", "interrupted", "budget"]
+    kind: Literal["divergence", "interrupted", "budget", "hang"]
     rule: str
     reason: str
     step: int | None = None
@@ -39,6 +48,10 @@ class Ending:
     error: str | None
     rank_died: bool
     wish: Wish | None
+    exit_code: int | None = None
+    """Of the process of the rank that died, if Ray told."""
+    log: str = ""
+    """The tail of the failed rank's log."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +62,10 @@ class Consequence:
     cause: str
     reason: str
     end_step: int | None = None
+    host_faults: int = 0
+    """What it weighs against the host of the failed rank."""
+    delay_seconds: float = 0.0
+    """How long the trial waits before its next attempt."""
 
 
 def consequence(ending: Ending, earlier: Sequence[AttemptRow], retry: RetryConfig) -> Consequence:
@@ -62,11 +79,11 @@ def consequence(ending: Ending, earlier: Sequence[AttemptRow], retry: RetryConfi
         return _after_nonfinite(nonfinite_step, _nonfinite_reason(ending), earlier)
     if summary is not None and summary.outcome == "complete":
         return Consequence("COMPLETE", "complete", f"all {summary.step} steps", summary.step)
-    if wish is not None:
+    if wish is not None and wish.kind != HANG:
         return Consequence("WAITING", wish.kind, wish.reason)
-    if ending.rank_died:
-        return _retried(RANK_DIED, ending.error or "a rank's process ended", earlier, retry.infrastructure)
-    return _retried(ERROR, ending.error or "the attempt ended without a summary", earlier, retry.error)
+    if summary is not None and summary.outcome == "stopped":
+        return Consequence("WAITING", PREEMPTED, f"SIGTERM came; checkpointed at step {summary.step}")
+    return _charged(ending, earlier, retry)
 
 
 def _nonfinite_step(ending: Ending) -> int | None:
@@ -93,9 +110,33 @@ def _after_nonfinite(step: int, reason: str, earlier: Sequence[AttemptRow]) -> C
     return Consequence("DIVERGED", NONFINITE, f"{reason}; not finite again at {again}", step)
 
 
-def _retried(cause: str, reason: str, earlier: Sequence[AttemptRow], budget: int) -> Consequence:
-    spent = sum(attempt.cause == cause for attempt in earlier)
-    if spent < budget:
-        return Consequence("WAITING", cause, f"{reason}; retry {spent + 1} of {budget}")
-    retries = {0: "no retry allowed", 1: "the only retry is used"}.get(budget, f"all {budget} retries used")
-    return Consequence("FAILED", cause, f"{reason}; {retries}")
+def _charged(ending: Ending, earlier: Sequence[AttemptRow], retry: RetryConfig) -> Consequence:
+    """An attempt that failed: its cause is told, and its budget charged."""
+    cause, reason = _cause_of(ending, retry)
+    if cause.counts_as == "never_again":
+        return Consequence("FAILED", cause.name, f"{reason}; never retried{_advice(cause)}", host_faults=cause.host_faults)
+    if cause.counts_as == "nothing":
+        said = {DISK_FULL: "the sweep pauses until there is room"}.get(cause.name, "retried, uncounted")
+        return Consequence("WAITING", cause.name, f"{reason}; {said}", host_faults=cause.host_faults)
+    budget = getattr(retry, cause.counts_as)
+    spent = sum(counted_as(attempt.cause, retry.rules) == cause.counts_as for attempt in earlier)
+    if spent >= budget:
+        retries = {0: "no retry allowed", 1: "the only retry is used"}.get(budget, f"all {budget} retries used")
+        return Consequence("FAILED", cause.name, f"{reason}; {retries}", host_faults=cause.host_faults)
+    delay = min(retry.backoff_seconds * 2.0**spent, LONGEST_BACKOFF_SECONDS)
+    words = f"{reason}; retry {spent + 1} of {budget}"
+    return Consequence("WAITING", cause.name, words, host_faults=cause.host_faults, delay_seconds=delay)
+
+
+def _cause_of(ending: Ending, retry: RetryConfig) -> tuple[Cause, str]:
+    if ending.wish is not None and ending.wish.kind == HANG:
+        return Cause(HANG, "infrastructure"), ending.wish.reason
+    without = "a rank's process ended" if ending.rank_died else "the attempt ended without a summary"
+    evidence = Evidence(ending.error or "", ending.log, ending.exit_code, ending.rank_died)
+    return diagnose(evidence, retry.rules), ending.error or without
+
+
+def _advice(cause: Cause) -> str:
+    if cause.name == GPU_OUT_OF_MEMORY:
+        return "; a smaller resources.micro_batch_sequences, or resources.layout.recompute, needs less memory"
+    return ""

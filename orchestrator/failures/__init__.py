@@ -1,0 +1,34 @@
+"""What ended an attempt, and what follows: a final state, another attempt, or a pause of the sweep. Pure."""
+
+from orchestrator.failures.causes import (
+    CORRUPT_CHECKPOINT,
+    DISK_FULL,
+    ERROR,
+    EXCLUDED_AT,
+    HANG,
+    NONFINITE,
+    PREEMPTED,
+    RANK_DIED,
+    Cause,
+    Evidence,
+    diagnose,
+)
+from orchestrator.failures.consequence import Consequence, Ending, Wish, consequence
+
+__all__ = [
+    "CORRUPT_CHECKPOINT",
+    "DISK_FULL",
+    "ERROR",
+    "EXCLUDED_AT",
+    "HANG",
+    "NONFINITE",
+    "PREEMPTED",
+    "RANK_DIED",
+    "Cause",
+    "Consequence",
+    "Ending",
+    "Evidence",
+    "Wish",
+    "consequence",
+    "diagnose",
+]
