@@ -6,6 +6,7 @@
         attempt.json                 what the controller asked for (AttemptSpec)
         metrics.jsonl                one record a line: steps and validations, in order
         log-rank<r>.txt              what a rank said
+        stacks-rank<r>.txt           what it was doing, when the attempt hung
         checkpoints/step_<n>/        complete once it has this name; written aside before
         summary.json                 how the attempt ended, by its own account; written last, atomically
 
@@ -144,6 +145,10 @@ def metrics_path(attempt_dir: Path) -> Path:
 
 def log_path(attempt_dir: Path, rank: int) -> Path:
     return attempt_dir / f"log-rank{rank}.txt"
+
+
+def stacks_path(attempt_dir: Path, rank: int) -> Path:
+    return attempt_dir / f"stacks-rank{rank}.txt"
 
 
 def record_line(record: StepRecord | ValidationRecord) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +27,7 @@ from orchestrator.store import Store
 
 STEPS_A_POLL = 3
 
-Fate = Literal["die", "raise", "not finite", "rise", "validation not finite"]
+Fate = Literal["die", "raise", "not finite", "rise", "validation not finite", "hang", "disk full", "preempted"]
 FateAt = Callable[[AttemptSpec, TrialConfig, int], Fate | None]
 """What becomes of an attempt after it has done a step; None: it goes on."""
 
@@ -37,11 +37,13 @@ def all_goes_well(_spec: AttemptSpec, _config: TrialConfig, _step: int) -> None:
 
 
 class FakeGang:
-    def __init__(self, fate: FateAt, start_error: str | None = None) -> None:
+    def __init__(self, fate: FateAt, start_error: str | None = None, host: str = "fake-host") -> None:
         self.fate, self.start_error = fate, start_error
         self.state = GangState.STARTING
-        self.members = [{"host": "fake-host", "pid": 1}]
+        self.members = [{"host": host, "pid": 1}]
         self.stop_token: str | None = None
+        self.is_hung = False
+        self.refused_checkpoint: str | None = None
 
     def poll_start(self) -> str | None:
         if self.start_error is None and self.state is GangState.STARTING:
@@ -52,13 +54,19 @@ class FakeGang:
         assert self.state is GangState.IDLE
         self.spec, self.state, self.step = spec, GangState.BUSY, spec.resume_step
         self.config = run_dir.read_trial_config(Path(spec.trial_dir))
-        if spec.resume_checkpoint is not None:
+        self.refused_checkpoint = None
+        if spec.resume_checkpoint is not None and (Path(spec.resume_checkpoint) / "torn").exists():
+            self.refused_checkpoint = spec.resume_checkpoint
+        elif spec.resume_checkpoint is not None:
             assert (Path(spec.resume_checkpoint) / "fake").read_text() == str(spec.resume_step)
         run_dir.log_path(spec.attempt_dir, 0).write_text("begin\nthe last words\n")
 
-    def written(self) -> int:
+    def progress(self) -> tuple[int, int]:
         path = run_dir.metrics_path(self.spec.attempt_dir)
-        return path.stat().st_size if path.exists() else 0
+        return (path.stat().st_size if path.exists() else 0), self.step
+
+    def dump_stacks(self) -> None:
+        run_dir.stacks_path(self.spec.attempt_dir, 0).write_text("thread MainThread\n")
 
     def stop(self, token: str) -> None:
         self.stop_token = token
@@ -66,7 +74,9 @@ class FakeGang:
     def poll_end(self) -> GangEnd | None:
         if self.state is GangState.DEAD:
             return GangEnd(None, "process 1 of a rank died: it was dismissed", rank_died=True)
-        for _ in range(STEPS_A_POLL):
+        if self.refused_checkpoint:
+            return GangEnd(None, f"CheckpointError: {self.refused_checkpoint} is torn")
+        for _ in range(0 if self.is_hung else STEPS_A_POLL):
             end = self._one_step()
             if end is not None:
                 return end
@@ -76,11 +86,19 @@ class FakeGang:
         self.state = GangState.DEAD
 
     def _one_step(self) -> GangEnd | None:
+        fate = self.fate(self.spec, self.config, self.step + 1)
+        if fate == "hang":
+            self.is_hung = True
+            return None
         self.step += 1
-        fate = self.fate(self.spec, self.config, self.step)
         self._write(fake_step(self.config, self.step, fate))
         if fate == "die":
             return GangEnd(None, "process 1 of a rank died: SIGKILL", rank_died=True)
+        if fate == "disk full":
+            return GangEnd(None, "OSError: [Errno 28] No space left on device")
+        if fate == "preempted":
+            self.save()
+            return self._ended("stopped")
         if fate == "raise":
             return GangEnd(None, "ValueError: the corpus is gone")
         if fate == "not finite":
@@ -148,15 +166,25 @@ def fake_validation(config: TrialConfig, step: int, fate: Fate | None = None) ->
 
 
 class FakeCluster:
-    def __init__(self, capacity: int = 2, fate: FateAt = all_goes_well, start_error: str | None = None) -> None:
-        self.num_gangs, self.fate, self.start_error = capacity, fate, start_error
+    """With ``hosts``, one gang a host, the first free one first; else all gangs are on one host."""
+
+    def __init__(
+        self,
+        capacity: int = 2,
+        fate: FateAt = all_goes_well,
+        start_error: str | None = None,
+        hosts: Sequence[str] = (),
+    ) -> None:
+        self.num_gangs, self.fate, self.start_error, self.hosts = capacity, fate, start_error, hosts
         self.gangs: list[FakeGang] = []
 
-    def capacity(self, shape: GangShape) -> int:
-        return self.num_gangs
+    def capacity(self, shape: GangShape, excluded_nodes: Collection[str] = ()) -> int:
+        return len(set(self.hosts) - set(excluded_nodes)) if self.hosts else self.num_gangs
 
-    def start_gang(self, shape: GangShape, num_threads: int) -> FakeGang:
-        self.gangs.append(FakeGang(self.fate, self.start_error))
+    def start_gang(self, shape: GangShape, num_threads: int, excluded_nodes: Collection[str] = ()) -> FakeGang:
+        taken = {gang.members[0]["host"] for gang in self.gangs if gang.state is not GangState.DEAD}
+        free = [host for host in self.hosts if host not in taken and host not in excluded_nodes]
+        self.gangs.append(FakeGang(self.fate, self.start_error, free[0] if self.hosts else "fake-host"))
         return self.gangs[-1]
 
 
@@ -198,6 +226,7 @@ def bench_in(folder: Path) -> Iterator[Bench]:
 @pytest.fixture
 def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
     monkeypatch.setattr("orchestrator.controller.loop.POLL_SECONDS", 0.0)
+    monkeypatch.setattr("orchestrator.failures.decision.LONGEST_BACKOFF_SECONDS", 0.0)
     with bench_in(tmp_path / "home") as opened:
         yield opened
 

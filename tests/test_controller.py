@@ -292,7 +292,7 @@ def test_a_stop_checkpoints_what_runs_and_the_next_run_goes_on_from_there(
     assert bench.curves(plan) == undisturbed
 
 
-@pytest.mark.parametrize("moment", ["_waiting", "_start_gangs", "_place", "_launch", "_follow", "_check_budget"])
+@pytest.mark.parametrize("moment", ["_waiting", "_work", "_launch", "_follow", "_check_budget"])
 def test_a_stop_may_come_at_any_moment_of_the_loop(
     bench: Bench, tmp_path, monkeypatch: pytest.MonkeyPatch, moment: str
 ):
@@ -341,8 +341,8 @@ def test_a_stop_that_comes_when_all_is_done_stops_nothing(bench: Bench, plan: Pl
 class _Deaf(FakeCluster):
     """Gangs that do not hear that they are to stop, and do not end."""
 
-    def start_gang(self, shape: Any, num_threads: int) -> Any:
-        gang = super().start_gang(shape, num_threads)
+    def start_gang(self, shape: Any, num_threads: int, excluded_nodes: Any = ()) -> Any:
+        gang = super().start_gang(shape, num_threads, excluded_nodes)
         gang.stop = lambda token: None  # type: ignore[method-assign]
         original = gang.poll_end
         gang.poll_end = lambda: original() if gang.step < 8 else None  # type: ignore[method-assign]
@@ -547,11 +547,7 @@ def test_a_trial_that_another_sweep_runs_is_waited_for_and_counts_for_both(bench
 def step_loop(controller: Controller) -> None:
     """One turn of the loop."""
     controller._refresh(now=True)
-    waiting = controller._waiting()
-    controller._start_gangs(2)
-    controller._place(waiting)
-    for attempt in list(controller.running):
-        controller._follow(attempt)
+    controller._work()
 
 
 def test_a_shared_trial_is_adopted_when_the_sweep_that_ran_it_dies(

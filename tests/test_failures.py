@@ -9,9 +9,19 @@ import pytest
 
 from models.config import Layout
 from models.run_dir import Summary
-from orchestrator.failures import ERROR, NONFINITE, RANK_DIED, Consequence, Ending, Wish, consequence
+from orchestrator.failures import (
+    ERROR,
+    NONFINITE,
+    RANK_DIED,
+    Consequence,
+    Ending,
+    Evidence,
+    Wish,
+    consequence,
+    diagnose,
+)
 from orchestrator.store import AttemptRow
-from orchestrator.sweep import RetryConfig
+from orchestrator.sweep import FailureRule, RetryConfig
 
 RETRY = RetryConfig(infrastructure=2, error=1)
 RISING = Wish("divergence", "loss_above_start", "the loss was above its start", step=18)
@@ -140,7 +150,7 @@ def test_a_dead_rank_is_retried_until_the_infrastructure_budget_is_used_up():
     assert states[2].reason == "process 7 of a rank died; all 2 retries used"
 
 
-@pytest.mark.parametrize("end", ["raised", "vanished", "stopped"])
+@pytest.mark.parametrize("end", ["raised", "vanished"])
 def test_an_error_of_the_users_is_not_retried_by_default(end: str):
     result = after(EVERY_END[end], retry=RetryConfig())
     assert (result.state, result.cause) == ("FAILED", ERROR)
@@ -164,3 +174,115 @@ def test_ends_that_are_nobodys_fault_count_against_no_budget(cause: str | None):
     earlier = [attempt(number, cause) for number in range(1, 9)]
     assert after(DIED, earlier, retry=RetryConfig(infrastructure=1)).state == "WAITING"
     assert after(RAISED, earlier, retry=RetryConfig(error=1)).state == "WAITING"
+
+
+def seen(error: str = "", log: str = "", exit_code: int | None = None, rank_died: bool = False) -> Evidence:
+    return Evidence(error, log, exit_code, rank_died)
+
+
+# As Ray, torch, gloo, NCCL and the driver of a GPU say it.
+WORDS = {
+    "OSError: [Errno 28] No space left on device": "disk_full",
+    "OSError: [Errno 122] Disk quota exceeded: '/scratch/step_00000100'": "disk_full",
+    "OutOfMemoryError: CUDA out of memory. Tried to allocate 2.50 GiB": "gpu_out_of_memory",
+    "AcceleratorError: CUDA error: out of memory": "gpu_out_of_memory",
+    "OutOfMemoryError: Task was killed due to the node running low on memory.": "host_out_of_memory",
+    "AcceleratorError: CUDA error: uncorrectable ECC error encountered": "hardware",
+    "DistBackendError: [Rank 3] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7)": "collective_timeout",
+    "RuntimeError: [gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 600000ms for recv": "collective_timeout",
+    "CheckpointError: /runs/trials/x/step_00000010 is torn": "corrupt_checkpoint",
+    "SystemExit: 16": "error",
+    "ValueError: a mistake": "error",
+}
+
+
+@pytest.mark.parametrize("words", WORDS)
+def test_causes_are_told_from_the_words_that_the_stack_uses(words: str):
+    assert diagnose(seen(words)).name == WORDS[words]
+
+
+@pytest.mark.parametrize(("code", "cause", "faults"), [(16, "megatron_restart", 1), (17, "megatron_exclude", 2)])
+def test_megatrons_exit_codes_are_the_machines_fault(code: int, cause: str, faults: int):
+    found = diagnose(seen(f"SystemExit: {code}", exit_code=code))
+    assert (found.name, found.counts_as, found.host_faults) == (cause, "infrastructure", faults)
+
+
+def test_a_line_of_the_driver_in_the_log_names_the_hardware():
+    log = "step 12\nNVRM: Xid (PCI:0000:3b:00): 79, GPU has fallen off the bus\n"
+    found = diagnose(seen("RuntimeError: CUDA error: an illegal memory access", log))
+    assert (found.name, found.host_faults) == ("hardware", 2)
+
+
+def test_a_dead_rank_without_further_words_is_just_that():
+    assert diagnose(seen("process 7 of a rank died: Worker unexpectedly exits", rank_died=True)).name == RANK_DIED
+
+
+def test_a_sweeps_own_rules_come_first_and_all_their_evidence_must_match():
+    rule = FailureRule(cause="stale_nfs", error="OSError", log="Stale file handle", counts_as="infrastructure")
+    assert diagnose(seen("OSError: 116", "x Stale file handle"), [rule]).name == "stale_nfs"
+    assert diagnose(seen("OSError: 116", "all is well"), [rule]).name == ERROR
+    full = FailureRule(cause="our_quota", error="No space left", counts_as="never_again")
+    assert diagnose(seen("OSError: No space left on device"), [full]).name == "our_quota"
+
+
+def test_rules_of_the_sweep_are_charged_to_the_budget_they_name():
+    rule = FailureRule(cause="stale_nfs", error="Stale", counts_as="infrastructure")
+    retry = RetryConfig(infrastructure=2, error=0, rules=(rule,))
+    stale = Ending(None, "OSError: Stale file handle", rank_died=False, wish=None)
+    assert after(stale, causes(RANK_DIED), retry=retry).reason.endswith("retry 2 of 2")
+    result = after(stale, causes("stale_nfs", RANK_DIED), retry=retry)
+    assert (result.state, result.cause) == ("FAILED", "stale_nfs")
+
+
+@pytest.mark.parametrize(
+    ("rule", "words"),
+    [
+        ({"cause": "x"}, "looks at nothing; allowed: error, log, exit_code"),
+        ({"cause": "x", "log": "(a"}, r"is no RE2 pattern: missing \)"),
+        ({"cause": "x", "log": r"(a)\1"}, "is no RE2 pattern: invalid escape sequence"),
+        ({"cause": "Two Words", "log": "a"}, "String should match pattern"),
+    ],
+)
+def test_a_rule_that_can_never_match_is_refused(rule: dict[str, str], words: str):
+    with pytest.raises(ValueError, match=words):
+        FailureRule.model_validate(rule)
+
+
+def test_patterns_take_linear_time():
+    """A backtracking engine would need longer than the universe has."""
+    rule = FailureRule(cause="slow", log="(a*)*b")
+    assert diagnose(seen(log="a" * 16_384), [rule]).name == ERROR
+
+
+def test_out_of_gpu_memory_is_never_retried_and_says_what_would_help():
+    ending = Ending(None, "OutOfMemoryError: CUDA out of memory.", rank_died=False, wish=None)
+    result = after(ending, retry=RetryConfig(error=9, infrastructure=9))
+    assert (result.state, result.cause) == ("FAILED", "gpu_out_of_memory")
+    assert "micro_batch_sequences" in result.reason
+
+
+@pytest.mark.parametrize(
+    ("ending", "cause"),
+    [
+        (STOPPED, "preempted"),
+        (Ending(None, "OSError: [Errno 28] No space left on device", rank_died=False, wish=None), "disk_full"),
+    ],
+)
+def test_preemption_and_a_full_disk_count_against_no_budget(ending: Ending, cause: str):
+    retry = RetryConfig(infrastructure=0, error=0)
+    for earlier in ((), causes(*[cause] * 50)):
+        result = after(ending, earlier, retry=retry)
+        assert (result.state, result.cause, result.delay_seconds) == ("WAITING", cause, 0.0)
+
+
+def test_each_further_retry_waits_twice_as_long_and_never_longer_than_five_minutes():
+    retry = RetryConfig(infrastructure=99, backoff_seconds=2.0)
+    delays = [after(DIED, causes(*[RANK_DIED] * spent), retry=retry).delay_seconds for spent in (0, 1, 2, 3, 20)]
+    assert delays == [2.0, 4.0, 8.0, 16.0, 300.0]
+
+
+def test_a_hang_is_the_machines_fault_and_retried():
+    hang = Wish("hang", "hang", "hung: nothing done for 900 s after step 3")
+    result = after(Ending(None, "hung", rank_died=False, wish=None), wish=hang)
+    assert (result.state, result.cause) == ("WAITING", "hang")
+    assert after(DIED, causes("hang", "hang"), wish=None).state == "FAILED"

@@ -14,7 +14,7 @@ import pytest
 from sweep_runs import LONG, attempt_spec, cluster, plan_of, wait_for, written_numbers  # noqa: F401
 
 from models.config import Layout, TrialConfig
-from models.run_dir import AttemptSpec, StepRecord, complete_checkpoints, read_records
+from models.run_dir import AttemptSpec, StepRecord, complete_checkpoints, read_records, stacks_path
 from orchestrator.gang import Cluster, Gang, GangEnd, GangShape, GangState, gangs, source_hash
 from orchestrator.sweep import UserError
 
@@ -66,7 +66,7 @@ def end_of(gang: Gang) -> GangEnd:
 
 
 def until_it_trains(gang: Gang) -> None:
-    wait_for(lambda: (gang.written() or 0) > 0, "a first record")
+    wait_for(lambda: (gang.progress() or (0, 0))[0] > 0, "a first record")
 
 
 def losses(spec: AttemptSpec) -> list[float]:
@@ -76,9 +76,9 @@ def losses(spec: AttemptSpec) -> list[float]:
 
 def test_capacity_counts_whole_gangs_on_living_nodes(cluster: Cluster, monkeypatch: pytest.MonkeyPatch):
     nodes = [
-        {"Alive": True, "Resources": {"CPU": 7.0, "GPU": 2.0}},
-        {"Alive": True, "Resources": {"CPU": 4.0}},
-        {"Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0}},
+        {"NodeID": "a", "Alive": True, "Resources": {"CPU": 7.0, "GPU": 2.0}},
+        {"NodeID": "b", "Alive": True, "Resources": {"CPU": 4.0}},
+        {"NodeID": "c", "Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0}},
     ]
     monkeypatch.setattr(gangs.ray, "nodes", lambda: nodes)
     assert cluster.capacity(ONE_RANK) == 11
@@ -87,6 +87,32 @@ def test_capacity_counts_whole_gangs_on_living_nodes(cluster: Cluster, monkeypat
     assert cluster.capacity(GangShape(Layout(tensor=2), 2, 0)) == 2
     assert cluster.capacity(GangShape(Layout(), 1, 1)) == 2
     assert cluster.capacity(GangShape(Layout(), 1, 0.5)) == 4
+    assert cluster.capacity(ONE_RANK, excluded_nodes={"a"}) == 4
+
+
+def test_a_gang_is_not_placed_on_an_excluded_node(cluster: Cluster):
+    (node,) = [node["NodeID"] for node in gangs.ray.nodes() if node["Alive"]]
+    barred = cluster.start_gang(ONE_RANK, num_threads=1, excluded_nodes={node})
+    free = cluster.start_gang(ONE_RANK, num_threads=1, excluded_nodes={"0" * len(node)})
+    try:
+        wait_for(lambda: free.poll_start() is None and free.state is gangs.GangState.IDLE, "the gang that may start")
+        assert free.members[0]["node_id"] == node
+        assert barred.poll_start() is None
+        assert barred.state is gangs.GangState.STARTING
+    finally:
+        barred.dismiss()
+        free.dismiss()
+
+
+def test_what_a_rank_is_doing_can_be_asked_while_it_trains(gang: Gang, home: Path, configs: list[TrialConfig]):
+    spec = attempt_spec(home, configs[0], "watched", number=7)
+    gang.launch(spec)
+    wait_for(lambda: (gang.progress() or (0, 0))[1] > 0, "a first micro-batch")
+    gang.dump_stacks()
+    stacks = stacks_path(spec.attempt_dir, 0).read_text()
+    assert "in dump_stacks" in stacks
+    assert "models/trainer/attempt.py" in stacks
+    end_of(gang)
 
 
 def test_a_gang_that_the_cluster_can_never_hold_is_refused_with_both_figures(cluster: Cluster):

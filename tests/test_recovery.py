@@ -13,7 +13,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,11 +53,11 @@ class OneGang:
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
 
-    def capacity(self, shape: GangShape) -> int:
-        return min(1, self._cluster.capacity(shape))
+    def capacity(self, shape: GangShape, excluded_nodes: Collection[str] = ()) -> int:
+        return min(1, self._cluster.capacity(shape, excluded_nodes))
 
-    def start_gang(self, shape: GangShape, num_threads: int) -> Gang:
-        return self._cluster.start_gang(shape, num_threads)
+    def start_gang(self, shape: GangShape, num_threads: int, excluded_nodes: Collection[str] = ()) -> Gang:
+        return self._cluster.start_gang(shape, num_threads, excluded_nodes)
 
 
 class Home:
@@ -169,6 +169,43 @@ def test_a_rank_killed_in_the_middle_costs_an_attempt_and_no_bit(
     assert home.result(LEARNS) == undisturbed[LEARNS]
     # Also where and why the other one diverged is the same in a second home.
     assert home.result(DIVERGES) == undisturbed[DIVERGES]
+
+
+def test_a_preempted_rank_checkpoints_and_its_trial_goes_on_from_there(
+    home: Home, cluster: Cluster, undisturbed: dict[str, Result]
+):
+    watcher = Watcher()
+    with home.controller(OneGang(cluster), watcher) as controller:
+
+        def preempt() -> None:
+            (attempt,) = controller.running
+            os.kill(attempt.gang.members[0]["pid"], signal.SIGTERM)
+
+        watcher.on_tick = when_it_has_done(50, preempt)
+        controller.run()
+    first, second = home.store.attempts(home.trial(LEARNS).fingerprint)
+    assert (first.cause, second.resume_step) == ("preempted", first.end_step)
+    assert home.result(LEARNS) == undisturbed[LEARNS]
+
+
+def test_a_rank_that_stands_still_is_killed_and_its_trial_goes_on(
+    tmp_path: Path, cluster: Cluster, undisturbed: dict[str, Result], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("orchestrator.gang.gangs.STACKS_SECONDS", 0.1)
+    home, watcher = Home(tmp_path, overrides=["retry={hang_seconds: 3, hang_steps: 1}"]), Watcher()
+    with home.controller(OneGang(cluster), watcher) as controller:
+
+        def freeze() -> None:
+            (attempt,) = controller.running
+            os.kill(attempt.gang.members[0]["pid"], signal.SIGSTOP)
+
+        watcher.on_tick = when_it_has_done(50, freeze)
+        controller.run()
+    first, second = home.store.attempts(home.trial(LEARNS).fingerprint)
+    assert first.cause == "hang"
+    assert second.resume_step >= 40
+    assert home.result(LEARNS) == undisturbed[LEARNS]
+    home.store.close()
 
 
 def test_a_file_that_changed_after_planning_fails_its_own_trial_and_a_rerun_mends_it(tmp_path: Path, cluster: Cluster):

@@ -30,14 +30,20 @@ class NonFinite(Exception):
     """The loss or the gradient norm of a step is not a number."""
 
 
-def train(spec: AttemptSpec, world: World, should_stop: Callable[[], bool] = lambda: False) -> Summary:
+def train(
+    spec: AttemptSpec,
+    world: World,
+    should_stop: Callable[[], bool] = lambda: False,
+    beat: Callable[[], None] = lambda: None,
+) -> Summary:
     """Run an attempt to its end and return how it ended; rank 0 also writes ``summary.json``.
 
-    ``should_stop`` is asked after every step, on rank 0 only. Errors of the user's or the machine's are raised
-    after they were written down.
+    ``should_stop`` is asked after every step, on every rank: all stop when one says so. ``beat`` is called for every
+    micro-batch, also of a validation: silence is a hang. Errors of the user's or the machine's are raised after they
+    were written down.
     """
     with devices.on(world.device), Journal(spec.attempt_dir, world.rank) as journal:
-        attempt = _Attempt(spec, world, journal)
+        attempt = _Attempt(spec, world, journal, beat)
         try:
             outcome, error = attempt.run(should_stop), None
         except NonFinite as stop:
@@ -54,8 +60,8 @@ def train(spec: AttemptSpec, world: World, should_stop: Callable[[], bool] = lam
 class _Attempt:
     """The state of one attempt on one rank."""
 
-    def __init__(self, spec: AttemptSpec, world: World, journal: Journal) -> None:
-        self.spec, self.world, self.journal = spec, world, journal
+    def __init__(self, spec: AttemptSpec, world: World, journal: Journal, beat: Callable[[], None]) -> None:
+        self.spec, self.world, self.journal, self.beat = spec, world, journal, beat
         self.trial: TrialConfig
         self.started = time.monotonic()
         self.step = spec.resume_step
@@ -104,7 +110,7 @@ class _Attempt:
             rank=world.data_rank,
             num_ranks=world.layout.data,
         )
-        self.evaluator = Evaluator(trial, prepared, self.model, world, self.micro_batch)
+        self.evaluator = Evaluator(trial, prepared, self.model, world, self.micro_batch, self.beat)
         self.forward_backward = get_forward_backward_func()
         if spec.resume_checkpoint is not None:
             step = checkpoint.load(Path(spec.resume_checkpoint), self.model, self.optimizer)
@@ -153,6 +159,7 @@ class _Attempt:
 
     def _micro_batches(self) -> Iterator[dict[str, torch.Tensor]]:
         for batch in self.batches.micro_batches(self.step - 1):
+            self.beat()
             yield {name: tensor.to(self.world.device) for name, tensor in batch.items()}
 
     def _checkpoint_is_due(self) -> bool:

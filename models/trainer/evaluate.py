@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -27,10 +27,16 @@ class Evaluator:
     """Measures the model on the validation slice, or on the whole validation split."""
 
     def __init__(
-        self, trial: TrialConfig, prepared: corpus.Prepared, model: torch.nn.Module, world: World, micro_batch: int
+        self,
+        trial: TrialConfig,
+        prepared: corpus.Prepared,
+        model: torch.nn.Module,
+        world: World,
+        micro_batch: int,
+        beat: Callable[[], None] = lambda: None,
     ) -> None:
         self.trial, self.prepared, self.model, self.world = trial, prepared, model, world
-        self.micro_batch = micro_batch
+        self.micro_batch, self.beat = micro_batch, beat
 
     @torch.no_grad()
     def measure(self, step: int, split: Literal["slice", "full"]) -> ValidationRecord:
@@ -70,6 +76,7 @@ class Evaluator:
 
     def _on_device(self, batches: Iterable[corpus.Batch]) -> Iterator[dict[str, torch.Tensor]]:
         for batch in batches:
+            self.beat()
             yield {name: tensor.to(self.world.device) for name, tensor in batch.items()}
 
 

@@ -63,11 +63,11 @@ class World:
         return int(parallel_state.get_data_parallel_rank())
 
     def agree(self, flag: Callable[[], bool]) -> bool:
-        """Rank 0's answer, on every rank: all stop at the same step or none."""
+        """Whether any rank says so, on every rank: all stop at the same step or none."""
         if self.layout.world_size == 1:
             return flag()
-        value = torch.tensor([int(flag()) if self.is_writer else 0], device=self.device)
-        distributed.broadcast(value, src=0)
+        value = torch.tensor([int(flag())], device=self.device)
+        distributed.all_reduce(value, op=distributed.ReduceOp.MAX)
         return bool(value.item())
 
     def mean_over_data_ranks(self, value: torch.Tensor) -> torch.Tensor:

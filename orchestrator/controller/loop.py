@@ -11,13 +11,15 @@ from typing import Self
 
 from models import run_dir
 from models.run_dir import AttemptSpec, StepRecord
+from orchestrator.controller.disk import DiskWatch
+from orchestrator.controller.gang_pool import GangPool
 from orchestrator.controller.lease_holder import is_dead, own_name
 from orchestrator.controller.provenance import data_hashes, provenance
 from orchestrator.controller.resume import curve_until, recover_records, resume_point
 from orchestrator.controller.running import RunningAttempt, trial_name, up_to
 from orchestrator.controller.snapshot import Snapshot, View
-from orchestrator.failures import Consequence, Ending, Wish, consequence
-from orchestrator.gang import Cluster, Gang, GangEnd, GangShape, GangState
+from orchestrator.failures import DISK_FULL, HANG, PREEMPTED, Consequence, Ending, Wish, consequence
+from orchestrator.gang import Cluster, Gang, GangEnd, GangShape
 from orchestrator.search import Search
 from orchestrator.store import STATES, FinishedIsFinal, Lease, LeaseHeld, Store, TrialRow, TrialTaken
 from orchestrator.sweep import Sweep, UserError
@@ -29,7 +31,6 @@ REFRESH_SECONDS = 2.0
 LEASE_SECONDS = 20.0
 STOP_GRACE_SECONDS = 60.0
 """How long attempts that were told to stop may take to checkpoint."""
-GANG_STARTS_ALLOWED_TO_FAIL = 3
 
 
 class SweepStopped(Exception):
@@ -49,10 +50,12 @@ class Controller:
         self.mirror, self.home, self.view = mirror, home, view
         resources = sweep.resources
         self.shape = GangShape(resources.layout, resources.cpus, resources.gpus)
-        self.gangs: list[Gang] = []
+        self.pool = GangPool(cluster, self.shape, store, sweep_id, view)
         self.running: list[RunningAttempt] = []
         self.search = Search(sweep.name, store.trials(sweep_id), sweep.prune.divergence)
-        self.failed_gang_starts = 0
+        self.disk = DiskWatch(home)
+        self.not_before: dict[str, float] = {}
+        """When a trial that failed may be tried again, by fingerprint, in this process's monotonic time."""
         self.stop_requests: list[str] = []
         self.stopping: Wish | None = None
         self.stop_deadline = float("inf")
@@ -71,8 +74,7 @@ class Controller:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for gang in self.gangs:
-            gang.dismiss()
+        self.pool.dismiss_all()
         if kind is None or issubclass(kind, SweepStopped | UserError):
             self.store.release_lease(self.lease)
 
@@ -93,16 +95,11 @@ class Controller:
 
     def run(self) -> None:
         """Until every trial has ended. Raises SweepStopped after a clean stop."""
-        capacity = self.cluster.capacity(self.shape)
         while True:
             self._keep_lease()
             self._heed_requests()
             self._refresh()
-            waiting = self._waiting()
-            self._start_gangs(min(capacity, len(waiting) + len(self.running)))
-            self._place(waiting)
-            for attempt in list(self.running):
-                self._follow(attempt)
+            self._work()
             self._check_budget()
             self.view.tick(self._snapshot())
             if not self.running and (self.stopping or not self._unfinished()):
@@ -112,6 +109,15 @@ class Controller:
             time.sleep(POLL_SECONDS)
         if self.stopping and self._unfinished():
             raise SweepStopped(self.stopping.reason)
+
+    def _work(self) -> None:
+        """Trials onto gangs, and what runs a bit further."""
+        waiting = self._waiting()
+        self.pool.start(len(waiting) + len(self.running))
+        for gang, trial in zip(self.pool.idle(), waiting, strict=False):
+            self._launch(gang, trial)
+        for attempt in list(self.running):
+            self._follow(attempt)
 
     def request_stop(self, reason: str) -> None:
         """Ask for a clean stop. A second call stops waiting for checkpoints.
@@ -142,7 +148,14 @@ class Controller:
                 self.view.tell(f"resuming  {trial_name(trial)}: its controller is gone")
 
     def _waiting(self) -> list[TrialRow]:
-        return [] if self.stopping else [trial for trial in self.trials if trial.state == "WAITING"]
+        if self.stopping or self.disk.is_full(self.view.tell):
+            return []
+        now = time.monotonic()
+        return [
+            trial
+            for trial in self.trials
+            if trial.state == "WAITING" and self.not_before.get(trial.fingerprint, now) <= now
+        ]
 
     def _unfinished(self) -> bool:
         """Read anew: what was retried waits again, and another sweep may still run a trial that is ours, too."""
@@ -181,31 +194,7 @@ class Controller:
         for attempt in list(self.running):
             self._end(attempt, GangEnd(summary=None, error="killed after the grace time"))
 
-    # -- gangs ----------------------------------------------------------------------------------------------
-
-    def _start_gangs(self, wanted: int) -> None:
-        for gang in [gang for gang in self.gangs if gang.state is GangState.STARTING]:
-            error = gang.poll_start()
-            if error is not None:
-                self._lose(gang, f"a gang did not start: {error}")
-                self.failed_gang_starts += 1
-                if self.failed_gang_starts >= GANG_STARTS_ALLOWED_TO_FAIL:
-                    raise UserError(f"no gang could be started, {self.failed_gang_starts} in a row; the last: {error}")
-            elif gang.state is GangState.IDLE:
-                self.failed_gang_starts = 0
-        while len(self.gangs) < wanted:
-            self.gangs.append(self.cluster.start_gang(self.shape, num_threads=max(1, int(self.shape.cpus_per_rank))))
-
-    def _lose(self, gang: Gang, reason: str) -> None:
-        self.view.tell(reason)
-        self.store.add_event(self.sweep_id, "gang_lost", reason)
-        gang.dismiss()
-        self.gangs.remove(gang)
-
-    def _place(self, waiting: list[TrialRow]) -> None:
-        idle = [gang for gang in self.gangs if gang.state is GangState.IDLE]
-        for gang, trial in zip(idle, waiting, strict=False):
-            self._launch(gang, trial)
+    # -- starting an attempt --------------------------------------------------------------------------------
 
     def _launch(self, gang: Gang, trial: TrialRow) -> None:
         directory = run_dir.trial_dir(self.home, trial.fingerprint)
@@ -240,24 +229,44 @@ class Controller:
             keep_checkpoints=self.sweep.checkpoint.keep,
             threads_per_rank=max(1, int(self.shape.cpus_per_rank)),
         )
-        run_dir.write_trial_config(directory, trial.config)
-        run_dir.write_json(spec.attempt_dir / "attempt.json", spec)
         self.search.ask(trial.fingerprint, curve_until(self.store, trial.fingerprint, resume.step))
-        gang.launch(spec)
-        self.running.append(RunningAttempt(trial, row, spec, gang))
+        attempt = RunningAttempt(trial, row, spec, gang)
+        self.running.append(attempt)
         self._note(trial, "RUNNING")
         again = f", attempt {row.number} from step {resume.step}" if row.number > 1 else ""
         self.view.tell(f"started   {trial_name(trial)}{again}")
+        try:
+            run_dir.write_trial_config(directory, trial.config)
+            run_dir.write_json(spec.attempt_dir / "attempt.json", spec)
+        except OSError as error:
+            self._end(attempt, GangEnd(summary=None, error=f"{type(error).__name__}: {error}"))
+        else:
+            gang.launch(spec)
 
     # -- following an attempt -------------------------------------------------------------------------------
 
     def _follow(self, attempt: RunningAttempt) -> None:
         end = attempt.gang.poll_end()
-        written = attempt.gang.written()
-        if end is not None or (written is not None and written > attempt.offset):
+        progress = attempt.gang.progress()
+        if progress is not None:
+            attempt.note(progress)
+        if end is not None or (progress is not None and progress[0] > attempt.offset):
             self._read(attempt)
+        if end is None:
+            end = self._hung(attempt)
         if end is not None:
             self._end(attempt, end)
+
+    def _hung(self, attempt: RunningAttempt) -> GangEnd | None:
+        """The end that is made of an attempt which does nothing any more. Where it stands is written down before."""
+        silent, limit = attempt.silent_seconds(), attempt.patience_seconds(self.sweep.retry)
+        if silent <= limit:
+            return None
+        attempt.gang.dump_stacks()
+        reason = f"hung: nothing done for {silent:.0f} s after step {attempt.step}; stacks-rank*.txt say where"
+        if attempt.wish is None:
+            attempt.wish = Wish("hang", HANG, reason)
+        return GangEnd(summary=None, error=reason)
 
     def _read(self, attempt: RunningAttempt) -> None:
         """New records: into the store, then past the search. Nothing after a divergence rule fired is kept."""
@@ -277,12 +286,13 @@ class Controller:
     def _end(self, attempt: RunningAttempt, end: GangEnd) -> None:
         trial, row = attempt.trial, attempt.row
         earlier = [one for one in self.store.attempts(trial.fingerprint) if trial.reopened_after < one.number]
+        unsound = end.summary is None
+        log_tail = run_dir.log_tail(attempt.spec.attempt_dir, end.rank) if unsound else ""
         result = consequence(
-            Ending(end.summary, end.error, end.rank_died, attempt.wish),
+            Ending(end.summary, end.error, end.rank_died, attempt.wish, end.exit_code, log_tail),
             [one for one in earlier if one.number < row.number],
             self.sweep.retry,
         )
-        unsound = end.summary is None
         self.running.remove(attempt)
         try:
             self.store.end_attempt(
@@ -293,18 +303,24 @@ class Controller:
                 reason=result.reason,
                 end_step=result.end_step,
                 summary=end.summary,
-                log_tail=run_dir.log_tail(attempt.spec.attempt_dir, end.rank) if unsound else None,
+                log_tail=log_tail if unsound else None,
             )
         except FinishedIsFinal as taken:
             # This controller slept past its lease, and another sweep that shares the trial has taken it over.
-            self._lose(attempt.gang, f"{attempt.name} is no longer ours: {taken}")
+            self.pool.lose(attempt.gang, f"{attempt.name} is no longer ours: {taken}")
             return
+        self.not_before[trial.fingerprint] = time.monotonic() + result.delay_seconds
+        if result.cause == DISK_FULL:
+            self.disk.was_full()
         self._note(trial, result.state)
         self._tell_search(trial, result)
         self.view.tell(attempt.ended_line(result, self._final_loss(trial, result)))
         if unsound:
             # Whatever happened, the other ranks may hang in a collective and the process may be poisoned.
-            self._lose(attempt.gang, f"gang dismissed, after attempt {row.number} of {attempt.name}")
+            self.pool.blame(attempt.gang, end.rank, result.host_faults, result.cause)
+            self.pool.lose(attempt.gang, f"gang dismissed, after attempt {row.number} of {attempt.name}")
+        elif result.cause == PREEMPTED:
+            self.pool.lose(attempt.gang, f"gang dismissed: its host is being taken away ({result.reason})")
         self.mirror.nudge()
 
     def _tell_search(self, trial: TrialRow, result: Consequence) -> None:
@@ -328,7 +344,7 @@ class Controller:
             sweep=self.sweep.name,
             states={state: counts[state] for state in STATES if counts[state]},
             running=lines,
-            gangs_starting=sum(gang.state is GangState.STARTING for gang in self.gangs),
+            gangs_starting=self.pool.num_starting,
             seconds=time.monotonic() - self.started,
             eta_seconds=self._eta(),
             stopping=self.stopping.reason if self.stopping else None,

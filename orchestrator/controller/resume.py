@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from models.run_dir import StepRecord, complete_checkpoints, read_records
-from orchestrator.failures import NONFINITE
+from orchestrator.failures import CORRUPT_CHECKPOINT, NONFINITE
 from orchestrator.store import AttemptRow, Lease, Store
 
 
@@ -29,15 +29,16 @@ def resume_point(trial_dir: Path, attempts: Sequence[AttemptRow]) -> ResumePoint
 
     Only one whose steps the readers of the curve still count: what an attempt wrote after its successor had branched
     off is nobody's history. And of an attempt that met a non-finite number, only one from before it, so that it is
-    met again or not.
+    met again or not. One that an attempt could not load is passed over for the one before.
     """
     best, visible = ResumePoint(step=0), math.inf
+    broken = {(one.resumed_from, one.resume_step) for one in attempts if one.cause == CORRUPT_CHECKPOINT}
     for attempt in reversed(attempts):
         limit = visible
         if attempt.cause == NONFINITE and attempt.end_step is not None:
             limit = min(limit, attempt.end_step - 1)
         for step, path in complete_checkpoints(attempt_dir(trial_dir, attempt)):
-            if best.step < step <= limit:
+            if best.step < step <= limit and (attempt.number, step) not in broken:
                 best = ResumePoint(step=step, checkpoint=path, attempt=attempt.number)
                 break
         visible = min(visible, attempt.resume_step)

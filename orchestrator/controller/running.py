@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -11,6 +12,7 @@ from orchestrator.failures import NONFINITE, Consequence, Wish
 from orchestrator.gang import Gang
 from orchestrator.search import Record, Stop
 from orchestrator.store import AttemptRow, TrialRow
+from orchestrator.sweep import RetryConfig
 
 
 def trial_name(trial: TrialRow) -> str:
@@ -31,6 +33,8 @@ class RunningAttempt:
     offset: int = 0
     wish: Wish | None = None
     last: StepRecord | None = None
+    _progress: tuple[int, int] = (0, 0)
+    _heard_at: float | None = None
     _recent_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=20))
 
     @property
@@ -48,6 +52,18 @@ class RunningAttempt:
     def observe(self, record: StepRecord) -> None:
         self.last = record
         self._recent_seconds.append(self.trial.config.train.batch_tokens / record.tokens_per_second)
+
+    def note(self, progress: tuple[int, int]) -> None:
+        """Bytes of metrics and micro-batches that the attempt has behind it."""
+        if progress != self._progress:
+            self._progress, self._heard_at = progress, time.monotonic()
+
+    def silent_seconds(self) -> float:
+        """Since the attempt was last heard of; 0 before its first micro-batch: preparing data may take long."""
+        return 0.0 if self._heard_at is None else time.monotonic() - self._heard_at
+
+    def patience_seconds(self, retry: RetryConfig) -> float:
+        return max(retry.hang_seconds, retry.hang_steps * (self.step_seconds() or 0.0))
 
     def step_seconds(self) -> float | None:
         """Mean over the last steps; None before the first."""

@@ -13,7 +13,7 @@ from orchestrator.failures.causes import (
     Evidence,
     diagnose,
 )
-from orchestrator.failures.consequence import Consequence, Ending, Wish, consequence
+from orchestrator.failures.decision import Consequence, Ending, Wish, consequence
 
 __all__ = [
     "CORRUPT_CHECKPOINT",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import socket
+from collections.abc import Collection
 from types import TracebackType
 from typing import Any, Self
 
@@ -50,14 +51,14 @@ class Cluster:
     ) -> None:
         ray.shutdown()
 
-    def capacity(self, shape: GangShape) -> int:
+    def capacity(self, shape: GangShape, excluded_nodes: Collection[str] = ()) -> int:
         """Gangs of this shape that the living nodes hold together, whoever uses them now.
 
         Raises UserError when they cannot hold one.
         """
         per_node = []
         for node in ray.nodes():
-            if node["Alive"]:
+            if node["Alive"] and node["NodeID"] not in excluded_nodes:
                 have = node["Resources"]
                 per_node.append(min(int(have.get(name, 0) // amount) for name, amount in shape.bundle.items()))
         ranks = sum(per_node)
@@ -68,8 +69,8 @@ class Cluster:
             )
         return ranks // shape.layout.world_size
 
-    def start_gang(self, shape: GangShape, num_threads: int) -> Gang:
-        return Gang(shape, num_threads, self._driver_hash)
+    def start_gang(self, shape: GangShape, num_threads: int, excluded_nodes: Collection[str] = ()) -> Gang:
+        return Gang(shape, num_threads, self._driver_hash, excluded_nodes)
 
 
 def _refuse_unreachable(address: str) -> None:

@@ -38,3 +38,9 @@ def death(error: BaseException) -> str:
     detail = re.search(r"(?:Worker exit detail|The actor is dead because): (.+?)(?: Some common causes|$)", text, re.M)
     process = f"process {pid[1]} of a rank" if pid else "a rank's process"
     return f"{process}{f' at {address[1]}' if address else ''} died: {detail[1] if detail else text[:300]}"
+
+
+def exit_code(said: str) -> int | None:
+    """The exit code with which a rank ended its process, where the words tell one."""
+    found = re.match(r"SystemExit: (\d+)$", said) or re.search(r"exit code:? (\d+)", said)
+    return int(found[1]) if found else None

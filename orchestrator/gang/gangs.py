@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +14,10 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from models.config import Layout
 from models.run_dir import AttemptSpec, Summary
-from orchestrator.gang.ending import RAISED, blame, death, words
+from orchestrator.gang.ending import RAISED, blame, death, exit_code, words
 from orchestrator.gang.ranks import RankActor
 
+STACKS_SECONDS = 10.0
 DEATH_NEWS_SECONDS = 5.0
 """How long a gang with a failed rank is given to show a dead one: the survivors' broken collectives are told first."""
 
@@ -60,24 +62,33 @@ class GangEnd:
     """A rank is gone or out of reach (killed, out of memory, its node lost), as opposed to an exception in it."""
     rank: int = 0
     """Whose error it is, and whose log tells more."""
+    exit_code: int | None = None
+    """Of a rank that ended its process by itself."""
 
 
 class Gang:
     """A placement group, its ranks, and at most one attempt."""
 
-    def __init__(self, shape: GangShape, num_threads: int, driver_hash: str) -> None:
+    def __init__(
+        self, shape: GangShape, num_threads: int, driver_hash: str, excluded_nodes: Collection[str] = ()
+    ) -> None:
         self.shape, self.state = shape, GangState.STARTING
         layout = shape.layout
+        elsewhere = {"ray.io/node-id": f"!in({','.join(sorted(excluded_nodes))})"} if excluded_nodes else {}
         # Tensor-parallel ranks talk at every layer: a gang that can be on one node is.
-        self._group: PlacementGroup = placement_group([shape.bundle] * layout.world_size, strategy="PACK")
+        self._group: PlacementGroup = placement_group(
+            [shape.bundle] * layout.world_size,
+            strategy="PACK",
+            bundle_label_selector=[elsewhere] * layout.world_size if elsewhere else None,
+        )
         self._ranks = [self._rank(rank, num_threads) for rank in range(layout.world_size)]
         meeting = self._ranks[0].rendezvous.remote()
         self._joins = [rank.join.remote(meeting, driver_hash) for rank in self._ranks]
         self._trains: list[Any] = []
-        self._written: Any = None
+        self._progress: Any = None
         self._failed_since: float | None = None
         self.members: list[dict[str, Any]] = []
-        """Host and pid of every rank, once it is up."""
+        """Host, pid and Ray's node_id of every rank, once it is up."""
         self.num_attempts = 0
 
     def _rank(self, rank: int, num_threads: int) -> Any:
@@ -109,23 +120,29 @@ class Gang:
     def launch(self, spec: AttemptSpec) -> None:
         assert self.state is GangState.IDLE, self.state
         self._trains = [rank.train.remote(spec.model_dump_json()) for rank in self._ranks]
-        self._written = self._failed_since = None
+        self._progress = self._failed_since = None
         self.num_attempts += 1
         self.state = GangState.BUSY
 
-    def written(self) -> int | None:
-        """Bytes of metrics that rank 0 has reported, None when there is no new answer."""
-        if self._written is None:
-            self._written = self._ranks[0].written.options(concurrency_group="control").remote()
+    def progress(self) -> tuple[int, int] | None:
+        """Bytes of metrics and micro-batches that rank 0 has reported, None when there is no new answer."""
+        if self._progress is None:
+            self._progress = self._ranks[0].progress.options(concurrency_group="control").remote()
             return None
-        done, _ = ray.wait([self._written], timeout=0)
+        done, _ = ray.wait([self._progress], timeout=0)
         if not done:
             return None
-        answer, self._written = self._written, None
+        answer, self._progress = self._progress, None
         try:
-            return int(ray.get(answer))
+            num_bytes, num_beats = ray.get(answer)
+            return int(num_bytes), int(num_beats)
         except ray.exceptions.RayError:
             return None  # the rank is gone: poll_end tells
+
+    def dump_stacks(self) -> None:
+        """Have every rank write what it is doing into the attempt's folder; one that can't answer in time does not."""
+        asked = [rank.dump_stacks.options(concurrency_group="control").remote() for rank in self._ranks]
+        ray.wait(asked, num_returns=len(asked), timeout=STACKS_SECONDS)
 
     def stop(self, token: str) -> None:
         self._ranks[0].stop.options(concurrency_group="control").remote(token)
@@ -143,7 +160,8 @@ class Gang:
             if waiting and not is_death and time.monotonic() - self._failed_since < DEATH_NEWS_SECONDS:
                 return None
             said = death(error) if is_death else words(error)
-            return GangEnd(summary=None, error=said, rank_died=blame(error) != RAISED, rank=rank)
+            died = blame(error) != RAISED
+            return GangEnd(summary=None, error=said, rank_died=died, rank=rank, exit_code=exit_code(said))
         if waiting:
             return None
         self.state = GangState.IDLE

@@ -6,7 +6,11 @@ import contextlib
 import hashlib
 import importlib
 import os
+import signal
 import socket
+import sys
+import threading
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +18,7 @@ from typing import Any
 import ray
 
 from models.config import Layout
-from models.run_dir import AttemptSpec, Summary, metrics_path
+from models.run_dir import AttemptSpec, Summary, metrics_path, stacks_path
 from orchestrator.gang.ending import RankError, words
 
 PACKAGES = ("models", "orchestrator")
@@ -34,8 +38,20 @@ def source_hash() -> str:
 def _errors_as_text() -> Iterator[None]:
     try:
         yield
+    except SystemExit as error:
+        # Megatron ends a process that computes wrongly by its exit code, which Ray would not tell.
+        raise RankError(f"SystemExit: {error.code}") from None
     except Exception as error:
         raise RankError(words(error)) from None
+
+
+def _stacks() -> str:
+    """What every thread of this process is doing."""
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    frames = sys._current_frames().items()
+    return "\n".join(
+        f"thread {names.get(ident, ident)}\n{''.join(traceback.format_stack(frame))}" for ident, frame in frames
+    )
 
 
 class _Rank:
@@ -47,6 +63,15 @@ class _Rank:
         self.world: Any = None
         self.attempt_dir: Path | None = None
         self.stop_token: str | None = None
+        self.beats = 0
+        self.is_training = self.is_terminated = False
+        signal.signal(signal.SIGTERM, self._on_sigterm)
+
+    def _on_sigterm(self, *_: object) -> None:
+        """A preemption: the attempt checkpoints after its current step and ends. A second one ends the process."""
+        if self.is_terminated or not self.is_training:
+            sys.exit(128 + signal.SIGTERM)
+        self.is_terminated = True
 
     def rendezvous(self) -> str:
         """Where the gang meets; asked of rank 0."""
@@ -68,20 +93,35 @@ class _Rank:
             self.world = trainer.World.join(
                 self.rank, self.layout, self.device, init_method, num_threads=self.num_threads
             )
-        return {"host": socket.gethostname(), "pid": os.getpid()}
+        node = ray.get_runtime_context().get_node_id()
+        return {"host": socket.gethostname(), "pid": os.getpid(), "node_id": node}
 
     def train(self, spec: str) -> str:
         trainer = importlib.import_module("models.trainer")
         attempt = AttemptSpec.model_validate_json(spec)
         self.attempt_dir = attempt.attempt_dir
-        with _errors_as_text():
-            summary: Summary = trainer.train(attempt, self.world, lambda: self.stop_token == attempt.token)
+        self.beats, self.is_training = 0, True
+        try:
+            with _errors_as_text():
+                summary: Summary = trainer.train(
+                    attempt, self.world, lambda: self.is_terminated or self.stop_token == attempt.token, self._beat
+                )
+        finally:
+            self.is_training = False
         return summary.model_dump_json()
 
-    def written(self) -> int:
-        """Bytes of metrics written so far by the running attempt."""
+    def _beat(self) -> None:
+        self.beats += 1
+
+    def progress(self) -> tuple[int, int]:
+        """Bytes of metrics and micro-batches that the running attempt has behind it."""
         path = None if self.attempt_dir is None else metrics_path(self.attempt_dir)
-        return path.stat().st_size if path is not None and path.exists() else 0
+        return (path.stat().st_size if path is not None and path.exists() else 0), self.beats
+
+    def dump_stacks(self) -> None:
+        """Write what every thread is doing beside the log of a hung attempt."""
+        if self.attempt_dir is not None:
+            stacks_path(self.attempt_dir, self.rank).write_text(_stacks())
 
     def stop(self, token: str) -> None:
         """Ask the attempt ``token`` to checkpoint and end after its current step; a late call harms no other."""

@@ -122,7 +122,11 @@ def status_table(store: Store) -> RenderableType:
         holder = store.lease_holder(sweep.id)
         counts = (f"{states[sweep.name][state]:,}" for state in shown)
         rows.append((sweep.name, *counts, f"{len(trials[sweep.name]):,}", NOTHING if holder is None else holder[0]))
-        parts += [*_last_events(store, sweep), *_failed_trials(store, sweep, trials[sweep.name])]
+        parts += [
+            *_excluded_hosts(store, sweep),
+            *_last_events(store, sweep),
+            *_failed_trials(store, sweep, trials[sweep.name]),
+        ]
     headings = ("sweep", *(state.lower() for state in shown), "all", "run by")
     return Group(_Listing(headings, tuple(rows)), *parts)
 
@@ -131,6 +135,14 @@ def _last_events(store: Store, sweep: SweepRow) -> list[Text]:
     events = store.events(sweep.id)[-NUM_EVENTS:]
     lines = [f"  {event.at:%Y-%m-%d %H:%M:%S} UTC  {event.kind}: {event.message}" for event in events]
     return [Text(""), Text(f"{sweep.name}: last events", style="bold"), *map(Text, lines)] if lines else []
+
+
+def _excluded_hosts(store: Store, sweep: SweepRow) -> list[Text]:
+    from orchestrator.store import HOST_EXCLUDED
+
+    hosts = [event.message for event in store.events(sweep.id) if event.kind == HOST_EXCLUDED]
+    title = Text(f"{sweep.name}: {plural(len(hosts), 'excluded host')}", style="bold red")
+    return [Text(""), title, *(Text(f"  {host}") for host in hosts)] if hosts else []
 
 
 def _failed_trials(store: Store, sweep: SweepRow, trials: list[TrialRow]) -> list[Text]:

@@ -2,6 +2,7 @@
 
 from orchestrator.store.face import Store
 from orchestrator.store.rows import (
+    HOST_EXCLUDED,
     Added,
     AttemptRow,
     Curve,
@@ -21,6 +22,7 @@ from orchestrator.store.schema import FINISHED, STATES
 
 __all__ = [
     "FINISHED",
+    "HOST_EXCLUDED",
     "STATES",
     "Added",
     "AttemptRow",

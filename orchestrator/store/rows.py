@@ -34,6 +34,10 @@ class FinishedIsFinal(StoreError):
     """The trial is COMPLETE, PRUNED or DIVERGED, or is not running: its end can't be written again."""
 
 
+HOST_EXCLUDED = "host_excluded"
+"""The kind of event that keeps a host out of a sweep, also for its next controller."""
+
+
 @dataclass(frozen=True, slots=True)
 class Added:
     """What a submission did: ``num_new`` trials were unknown to the whole store, ``num_known`` were kept."""

@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, model_
 from models.config import Count, Frozen, Integer, Layout, Positive
 from orchestrator.sweep.document import Places
 
+
 def _as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
@@ -87,7 +88,7 @@ CountsAs = Literal["infrastructure", "error", "never_again", "nothing"]
 
 
 def compile_pattern(text: str) -> Any:
-    """An RE2 expression: it matches in linear time, so that no log can hang the controller. ValueError if it is none."""
+    """An RE2 expression: linear in time, so that no log can hang the controller. ValueError if it is none."""
     import re2
 
     options = re2.Options()

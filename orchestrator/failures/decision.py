@@ -114,7 +114,9 @@ def _charged(ending: Ending, earlier: Sequence[AttemptRow], retry: RetryConfig) 
     """An attempt that failed: its cause is told, and its budget charged."""
     cause, reason = _cause_of(ending, retry)
     if cause.counts_as == "never_again":
-        return Consequence("FAILED", cause.name, f"{reason}; never retried{_advice(cause)}", host_faults=cause.host_faults)
+        return Consequence(
+            "FAILED", cause.name, f"{reason}; never retried{_advice(cause)}", host_faults=cause.host_faults
+        )
     if cause.counts_as == "nothing":
         said = {DISK_FULL: "the sweep pauses until there is room"}.get(cause.name, "retried, uncounted")
         return Consequence("WAITING", cause.name, f"{reason}; {said}", host_faults=cause.host_faults)
