@@ -46,7 +46,6 @@ CAUSES = {
         Cause("megatron_restart", "infrastructure", host_faults=1),
         Cause("megatron_exclude", "infrastructure", host_faults=EXCLUDED_AT),
         Cause("host_out_of_memory", "infrastructure"),
-        Cause("killed", "infrastructure", host_faults=1),
         Cause("collective_timeout", "infrastructure"),
         Cause(HANG, "infrastructure"),
         Cause(CORRUPT_CHECKPOINT, "infrastructure"),
