@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel.mappings import all_to_all_hp2sp
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
@@ -27,6 +28,7 @@ from torch.nn import functional
 
 from models import gates, kernels
 from models.config import GateConfig
+from models.norms import mark_sequence_parallel
 
 Logits = dict[str, Tensor]
 
@@ -82,7 +84,8 @@ class GatedSelfAttention(SelfAttention):  # type: ignore[misc]
             self.config.hidden_size,
             config=self.config,
             init_method=nn.init.zeros_ if gate.init == "zero" else self.config.init_method,
-            gather_output=True,
+            # Under sequence parallelism the columns are exchanged for parts of the sequence: see ``forward``.
+            gather_output=not self.config.sequence_parallel,
             bias=False,
             skip_bias_add=False,
             is_expert=False,
@@ -93,7 +96,9 @@ class GatedSelfAttention(SelfAttention):  # type: ignore[misc]
     def _gate_parameter(self, gate: GateConfig) -> nn.Parameter:
         """Zero-initialised logits of an input-independent gate: [H, D or 1], or [hidden] at ``dense``."""
         if gate.position == "dense":
-            return nn.Parameter(torch.zeros(self.config.hidden_size, **self._where()))
+            parameter = nn.Parameter(torch.zeros(self.config.hidden_size, **self._where()))
+            mark_sequence_parallel(parameter, self.config.sequence_parallel)
+            return parameter
         on_queries = gate.position in ("sdpa", "query")
         num_heads = self.num_attention_heads_per_partition if on_queries else self.num_query_groups_per_partition
         return self._per_head(torch.zeros, num_heads, None if gate.granularity == "elementwise" else 1)
@@ -209,7 +214,10 @@ class GatedSelfAttention(SelfAttention):  # type: ignore[misc]
         return mean
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """[S, B, hidden] to ([S, B, hidden], bias); ``hidden_states`` is normalised already."""
+        """[S, B, hidden] to ([S, B, hidden], bias); ``hidden_states`` is normalised already.
+
+        Under sequence parallelism S is the rank's part of the sequence, here and at a gate on the output.
+        """
         output, bias = super().forward(hidden_states, *args, **kwargs)
         gate = self.gate_configs.get("dense")
         if gate is None:
@@ -217,6 +225,8 @@ class GatedSelfAttention(SelfAttention):  # type: ignore[misc]
         if bias is not None:
             output, bias = output + bias, None
         logits = self.linear_gate(hidden_states)[0] if gate.input == "hidden" else None
+        if logits is not None and self.config.sequence_parallel:
+            logits = all_to_all_hp2sp(logits, group=self.pg_collection.tp).view_as(output)
         return self._gated(gate, output, logits), bias
 
 

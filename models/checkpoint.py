@@ -7,23 +7,26 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
+from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
     TorchDistSaveShardedStrategy,
     _replace_state_dict_keys_with_sharded_keys,
     mcore_to_pyt_state_dict,
 )
+from megatron.core.dist_checkpointing.utils import extract_sharded_base
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save as save_state_dict
 
 from models import run_dir
 
-_METADATA = {"distrib_optim_sharding_type": "fully_sharded_model_space"}
+_METADATA = {"distrib_optim_sharding_type": "fully_sharded_model_space", "chained_optim_avoid_prefix": True}
+"""Names of tensors that do not tell the layout that wrote them."""
 
 
 class _InProcessStrategy(TorchDistSaveShardedStrategy):  # type: ignore[misc]
@@ -42,21 +45,22 @@ class _InProcessStrategy(TorchDistSaveShardedStrategy):  # type: ignore[misc]
         )
 
 
-def _state(model: Any, optimizer: Any, *, is_loading: bool) -> dict[str, Any]:
-    from megatron.core import parallel_state
+def _state(chunks: Sequence[Any], optimizer: Any, *, is_loading: bool) -> dict[str, Any]:
+    """Weights and moments as Megatron's sharded tensors, which know their place in the whole model.
 
+    Nothing else of the optimizer: its groups follow from the trial, its number of updates is the step, and both look
+    different on other layouts.
+    """
     metadata = {
         **_METADATA,
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
-    model_state = model.module.sharded_state_dict(metadata=metadata)
-    return {
-        "model": model_state,
-        "optimizer": optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata),
-    }
+    model = {f"model{i}": chunk.module.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(chunks)}
+    moments, _ = extract_sharded_base(optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata))
+    return {"model": model, "optimizer": moments}
 
 
-def save(attempt_dir: Path, step: int, model: Any, optimizer: Any, keep: int) -> Path:
+def save(attempt_dir: Path, step: int, chunks: Sequence[Any], optimizer: Any, keep: int) -> Path:
     """Write the checkpoint of ``step``; every rank calls it. Older ones beyond ``keep`` are removed after it stands."""
     final = run_dir.checkpoint_path(attempt_dir, step)
     aside = final.with_name(f".{final.name}")
@@ -65,7 +69,7 @@ def save(attempt_dir: Path, step: int, model: Any, optimizer: Any, keep: int) ->
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
     torch.distributed.barrier()
-    state = _state(model, optimizer, is_loading=False)
+    state = _state(chunks, optimizer, is_loading=False)
     state |= {"step": step, "torch_rng": torch.get_rng_state()}
     dist_checkpointing.save(state, str(aside), sharded_strategy=_InProcessStrategy("torch_dist", 1))
     torch.distributed.barrier()
@@ -79,13 +83,23 @@ def save(attempt_dir: Path, step: int, model: Any, optimizer: Any, keep: int) ->
     return final
 
 
-def load(path: Path, model: Any, optimizer: Any) -> int:
-    """Restore ``model`` and ``optimizer`` in place and return the step. Raises when the checkpoint is not whole."""
+def load(path: Path, chunks: Sequence[Any], optimizer: Any) -> int:
+    """Restore ``chunks`` and ``optimizer`` in place and return the step. Raises when the checkpoint is not whole."""
     if not path.is_dir():
         raise FileNotFoundError(f"checkpoint {path} does not exist")
-    state = _state(model, optimizer, is_loading=True)
-    restored = dist_checkpointing.load(state, str(path))
-    model.module.load_state_dict(restored["model"])
-    optimizer.load_state_dict(restored["optimizer"])
+    restored = dist_checkpointing.load(_state(chunks, optimizer, is_loading=True), str(path))
+    for number, chunk in enumerate(chunks):
+        chunk.module.load_state_dict(restored["model"][f"model{number}"])
+    step = int(restored["step"])
+    _restore_moments(optimizer, restored["optimizer"], step)
     torch.set_rng_state(restored["torch_rng"])
-    return int(restored["step"])
+    return step
+
+
+def _restore_moments(optimizer: Any, moments: dict[Any, Any], step: int) -> None:
+    """Megatron's optimizer is a chain: one of all parameters, and under expert parallelism a second of the experts'."""
+    parts = optimizer.chained_optimizers
+    for number, part in enumerate(parts):
+        own = moments if len(parts) == 1 else moments[number]
+        state = {**own["state"], "common_step": torch.tensor(float(step))}
+        part.load_state_dict({"state": state, "param_groups": part.state_dict()["param_groups"]})

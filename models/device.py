@@ -20,7 +20,7 @@ _FACTORIES = frozenset(
 
 
 class CudaFactoriesOnCpu(TorchFunctionMode):
-    """Sends tensor factories that were called with ``device="cuda"`` to the CPU."""
+    """Sends tensor factories that were called with ``device="cuda"`` to the CPU, and leaves there what asks to go."""
 
     def __torch_function__(
         self,
@@ -29,6 +29,8 @@ class CudaFactoriesOnCpu(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
+        if func is torch.Tensor.cuda:
+            return args[0]
         if kwargs and func in _FACTORIES and str(kwargs.get("device", "")).startswith("cuda"):
             kwargs = {**kwargs, "device": "cpu"}
         return func(*args, **(kwargs or {}))
@@ -57,6 +59,9 @@ def prepare(device: str, local_rank: int = 0) -> None:
 
     # Dropout is 0 in every model here, so nothing draws inside a fork; the CUDA state it saves does not exist.
     megatron_random.CudaRNGStatesTracker.fork = lambda self, *_: contextlib.nullcontext()
+    # Recomputation of activations keeps it as well.
+    megatron_random._get_cuda_rng_state = lambda *_, **__: None
+    megatron_random._set_cuda_rng_state = lambda *_, **__: None
     _prepared = True
 
 

@@ -6,15 +6,18 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from models.norms import mark_sequence_parallel
+
 WithBias = tuple[Tensor, Tensor | None]
 
 
 class NormalisedAdd(nn.Module):
     """In the place of Megatron's bias-dropout-add: ``residual + RMSNorm(output)``; dropout is 0 in these models."""
 
-    def __init__(self, hidden_size: int, epsilon: float) -> None:
+    def __init__(self, hidden_size: int, epsilon: float, sequence_parallel: bool = False) -> None:
         super().__init__()
         self.norm = nn.RMSNorm(hidden_size, eps=epsilon)
+        mark_sequence_parallel(self.norm.weight, sequence_parallel)
 
     def forward(self, training: bool, fused: bool) -> Callable[[WithBias, Tensor, float], Tensor]:
         return self._add

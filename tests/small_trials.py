@@ -100,11 +100,11 @@ def token_losses(model: Any, tokens: Any, labels: Any) -> Any:
     import torch
 
     from models import device
-    from models.trainer import evaluate
+    from models.trainer import passes
 
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
     with device.on("cpu"):
-        return evaluate.token_losses(model, {"tokens": tokens, "labels": labels, "position_ids": positions})
+        return passes.token_losses(model, {"tokens": tokens, "labels": labels, "position_ids": positions})
 
 
 # -- whole attempts on a tiny corpus --------------------------------------------------------------------------

@@ -68,7 +68,7 @@ def test_closed_form_flops_are_those_of_a_real_forward_pass(world, preset, kind)
     from torch.utils.flop_counter import FlopCounterMode
 
     from models import device, layer_specs
-    from models.trainer import evaluate
+    from models.trainer import passes
 
     trial = shape_of(preset, KINDS[kind])
     sequence = 64
@@ -78,7 +78,7 @@ def test_closed_form_flops_are_those_of_a_real_forward_pass(world, preset, kind)
         batch = {"tokens": tokens, "labels": tokens, "position_ids": torch.arange(sequence).expand_as(tokens)}
         # The counter knows matrix products, not the CPU's fused attention.
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            evaluate.token_losses(model, batch)
+            passes.token_losses(model, batch)
     counted = counter.get_total_flops() / tokens.numel()
     closed_form = accounting.forward_flops_per_token(trial.model, trial.gate, VOCABULARY, sequence)
     assert counted == pytest.approx(closed_form, rel=0.01)

@@ -93,10 +93,8 @@ def test_router_losses_move_the_router(world):
 
 def gradients_of_a_step(trial, num_micro_batches, batch):
     """What Megatron's schedule leaves in the gradient buffers, by name."""
-    from megatron.core.pipeline_parallel import get_forward_backward_func
-
     from models import device
-    from models.trainer import attempt
+    from models.trainer import passes
     from models.trainer.optimizer import wrap
 
     tokens, labels = batch
@@ -111,16 +109,15 @@ def gradients_of_a_step(trial, num_micro_batches, batch):
     ]
     model = build(trial)
     with device.on("cpu"):
-        wrapped, _ = wrap(trial, model, "cpu")
-        wrapped.zero_grad_buffer()
-        get_forward_backward_func()(
-            forward_step_func=attempt._forward_step,
-            data_iterator=iter(parts),
-            model=[wrapped],
-            num_microbatches=num_micro_batches,
-            seq_length=tokens.shape[1],
-            micro_batch_size=tokens.shape[0] // num_micro_batches,
-            forward_only=False,
+        wrapped, _ = wrap(trial, [model], "cpu")
+        wrapped[0].zero_grad_buffer()
+        passes.run(
+            wrapped,
+            lambda: iter(parts),
+            passes.mean_loss,
+            num_micro_batches=num_micro_batches,
+            sequence_length=tokens.shape[1],
+            micro_batch_sequences=tokens.shape[0] // num_micro_batches,
         )
     return model, {name: parameter.main_grad for name, parameter in model.named_parameters()}
 

@@ -102,7 +102,8 @@ def wrapped(world):
     def wrapped(gate=None, **options):
         trial = small_trial(gate)
         trial = trial.model_copy(update={"train": trial.train.model_copy(update=options)})
-        return wrap(trial, build(trial), "cpu")
+        (model,), optimizer = wrap(trial, [build(trial)], "cpu")
+        return model, optimizer
 
     with device.on("cpu"):
         yield wrapped
@@ -235,13 +236,13 @@ def test_a_uniform_predictor_scores_eight_bits_a_byte(world, corpus, tmp_path, m
     from models import layer_specs
     from models.trainer import train
 
-    def uniform(*arguments, build=layer_specs.build_model):
-        model = build(*arguments)
+    def uniform(*arguments, build=layer_specs.build_chunks):
+        (model,) = build(*arguments)
         with torch.no_grad():
             model.embedding.word_embeddings.weight.zero_()
-        return model
+        return [model]
 
-    monkeypatch.setattr(layer_specs, "build_model", uniform)
+    monkeypatch.setattr(layer_specs, "build_chunks", uniform)
     spec = new_attempt(tmp_path, corpus_trial(corpus, steps=1, lr=1e-30))
     train(spec, world)
     step, validation = metrics(spec)
@@ -255,15 +256,15 @@ def test_a_uniform_predictor_scores_eight_bits_a_byte(world, corpus, tmp_path, m
 
 def poisoned(monkeypatch, step, factor):
     """Multiply the losses of optimizer step ``step`` (one micro-batch a step) by ``factor``, a function of them."""
-    from models.trainer import attempt as attempts
+    from models.trainer import passes
 
     calls = []
 
-    def losses(model, batch, compute=attempts.token_losses):
+    def loss(losses, batch, compute=passes.mean_loss):
         calls.append(None)
-        return compute(model, batch) * factor if len(calls) == step else compute(model, batch)
+        return compute(losses * factor if len(calls) == step else losses, batch)
 
-    monkeypatch.setattr(attempts, "token_losses", losses)
+    monkeypatch.setattr(passes, "mean_loss", loss)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -284,8 +285,7 @@ def test_a_loss_that_is_no_number_ends_the_attempt_with_a_null(world, corpus, tm
 def test_an_exploded_gradient_ends_the_attempt_and_its_finite_loss_is_kept(world, corpus, tmp_path, monkeypatch):
     import torch
 
-    from models.trainer import attempt as attempts
-    from models.trainer import train
+    from models.trainer import passes, train
 
     class Explode(torch.autograd.Function):
         @staticmethod
@@ -297,9 +297,7 @@ def test_an_exploded_gradient_ends_the_attempt_and_its_finite_loss_is_kept(world
             return gradient * math.inf
 
     monkeypatch.setattr(
-        attempts,
-        "token_losses",
-        lambda model, batch, compute=attempts.token_losses: Explode.apply(compute(model, batch)),
+        passes, "mean_loss", lambda losses, batch, compute=passes.mean_loss: compute(Explode.apply(losses), batch)
     )
     spec = new_attempt(tmp_path, corpus_trial(corpus))
     assert train(spec, world).outcome == "nonfinite"
@@ -309,13 +307,12 @@ def test_an_exploded_gradient_ends_the_attempt_and_its_finite_loss_is_kept(world
 
 
 def test_an_exception_is_written_down_and_raised(world, corpus, tmp_path, monkeypatch):
-    from models.trainer import attempt as attempts
-    from models.trainer import train
+    from models.trainer import passes, train
 
     def fail(*_):
         raise RuntimeError("the disk is on fire")
 
-    monkeypatch.setattr(attempts, "token_losses", fail)
+    monkeypatch.setattr(passes, "mean_loss", fail)
     spec = new_attempt(tmp_path, corpus_trial(corpus))
     with pytest.raises(RuntimeError, match="the disk is on fire"):
         train(spec, world)

@@ -141,6 +141,7 @@ class ValidationBatches:
         batch_sequences: int,
         rank: int = 0,
         num_ranks: int = 1,
+        multiple_of: int = 1,
     ) -> None:
         stored: SplitName = "slice" if split == "slice" else "validation"
         content = prepared.split(stored)
@@ -152,6 +153,7 @@ class ValidationBatches:
         self._batch_sequences = batch_sequences
         self._rank = rank
         self._num_ranks = num_ranks
+        self._multiple_of = multiple_of
         self._eod = prepared.eod
         prefix = prepared.prefix(stored)
         # Not IndexedDataset's own arrays: they are views that turn into segmentation faults when it is collected.
@@ -162,7 +164,8 @@ class ValidationBatches:
         return total_nats / math.log(2) / self.num_bytes
 
     def __len__(self) -> int:
-        return -(-len(self._stream) // (self._length * self._batch_sequences * self._num_ranks))
+        number = -(-len(self._stream) // (self._length * self._batch_sequences * self._num_ranks))
+        return -(-number // self._multiple_of) * self._multiple_of
 
     def __iter__(self) -> Iterator[Batch]:
         batch_tokens = self._batch_sequences * self._length
@@ -196,6 +199,10 @@ def validation_batches(
     batch_sequences: int,
     rank: int = 0,
     num_ranks: int = 1,
+    multiple_of: int = 1,
 ) -> ValidationBatches:
-    """The batches that data-parallel rank ``rank`` of ``num_ranks`` evaluates on the fixed slice or the full split."""
-    return ValidationBatches(prepared, data, split, batch_sequences, rank, num_ranks)
+    """The batches that data-parallel rank ``rank`` of ``num_ranks`` evaluates on the fixed slice or the full split.
+
+    Their number is a multiple of ``multiple_of``, filled up with batches in which nothing counts.
+    """
+    return ValidationBatches(prepared, data, split, batch_sequences, rank, num_ranks, multiple_of)

@@ -1,5 +1,5 @@
-"""From configs to Megatron: ``build_model`` makes a trial's GPTModel, gates and all."""
+"""From configs to Megatron: ``build_chunks`` makes this rank's part of a trial's GPTModel, gates and all."""
 
-from models.layer_specs.build import build_model, num_parameters
+from models.layer_specs.build import build_chunks, build_model, num_parameters
 
-__all__ = ["build_model", "num_parameters"]
+__all__ = ["build_chunks", "build_model", "num_parameters"]

@@ -1,47 +1,103 @@
-"""The built GPTModel: the one place where a model is constructed. Megatron's parallel state must be up before."""
+"""The built GPTModel: the one place where a model is constructed. Megatron's parallel state must be up before.
+
+Initial weights do not depend on the layout. Every rank takes the random numbers of the whole model in the order of
+one rank (embedding, layers, output), and builds and drops the layers that others hold in front of its own.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from megatron.core import parallel_state
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
+from megatron.core.transformer.spec_utils import build_module
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import nn
 
 from models.config import Layout, TrialConfig
 from models.layer_specs.local import layer_spec
 from models.layer_specs.settings import transformer_config
+from models.norms import RMSNorm
 
 
-def build_model(trial: TrialConfig, layout: Layout, device: str) -> GPTModel:
-    """This rank's part of the model, on ``device``, its weights drawn from torch's current seed."""
+def build_chunks(trial: TrialConfig, layout: Layout, device: str) -> list[GPTModel]:
+    """This rank's parts of the model, a chunk a virtual pipeline stage, drawn from torch's current seed."""
     config = transformer_config(trial.model, trial.precision, layout, device)
     # Megatron sums router losses by layer in a process-wide table, which a warm gang's next model may not fit.
     get_moe_layer_wise_logging_tracker().clear()
-    model = GPTModel(
+    layer = layer_spec(trial.model, trial.gates, sequence_parallel=layout.sequence_parallel)
+    chunks: list[GPTModel] = []
+    num_drawn = -1  # layers; -1: not even the embedding
+    for stage in range(layout.virtual_pipeline):
+        vp_stage = stage if layout.virtual_pipeline > 1 else None
+        first_layer = get_transformer_layer_offset(config, vp_stage)
+        if first_layer > 0:
+            _drop(trial, config, layer, range(num_drawn, first_layer), vp_stage)
+        chunk = _chunk(trial, config, layer, vp_stage)
+        num_drawn = first_layer + len(chunk.decoder.layers)
+        chunks.append(chunk.to(device) if device == "cuda" else chunk)
+    return chunks
+
+
+def build_model(trial: TrialConfig, layout: Layout, device: str) -> GPTModel:
+    """This rank's only chunk, on a layout without virtual pipeline stages."""
+    (model,) = build_chunks(trial, layout, device)
+    return model
+
+
+def _drop(
+    trial: TrialConfig, config: TransformerConfig, layer: ModuleSpec, layers: Iterable[int], vp_stage: int | None
+) -> None:
+    """Take the random numbers of the embedding (-1) and of layers (0-based) that another chunk holds."""
+    offset = get_transformer_layer_offset(config, vp_stage)
+    for number in layers:
+        if number < 0:
+            LanguageModelEmbedding(config, trial.data.vocab_size, trial.data.sequence_length, "rope")
+        else:
+            build_module(layer, config=config, layer_number=number + 1 - offset, vp_stage=vp_stage)
+
+
+def _chunk(trial: TrialConfig, config: TransformerConfig, layer: ModuleSpec, vp_stage: int | None) -> GPTModel:
+    num_layers = get_num_layers_to_build(config, vp_stage)
+    return GPTModel(
         config=config,
-        transformer_layer_spec=layer_spec(trial.model, trial.gates),
+        transformer_layer_spec=TransformerBlockSubmodules([layer] * num_layers, RMSNorm),
         vocab_size=trial.data.vocab_size,
         max_sequence_length=trial.data.sequence_length,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
         parallel_output=True,
         share_embeddings_and_output_weights=trial.model.tied_embeddings,
         position_embedding_type="rope",
         rotary_base=trial.model.rope_base,
+        vp_stage=vp_stage,
     )
-    return model.to(device) if device == "cuda" else model
 
 
-def num_parameters(model: nn.Module) -> int:
-    """Parameters of the whole model, counted once each over tensor- and pipeline-parallel ranks."""
+def num_parameters(chunks: Iterable[nn.Module] | nn.Module) -> int:
+    """Parameters of the whole model, counted once each over tensor-, expert- and pipeline-parallel ranks."""
     from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 
-    own = sum(
-        parameter.numel()
-        for parameter in model.parameters()
-        if param_is_not_tensor_parallel_duplicate(parameter) and not getattr(parameter, "shared", False)
-    )
-    total = torch.tensor([own], dtype=torch.int64, device=next(model.parameters()).device)
-    torch.distributed.all_reduce(total, group=parallel_state.get_model_parallel_group())
-    return int(total.item())
+    shared_out = experts = 0
+    for chunk in [chunks] if isinstance(chunks, nn.Module) else chunks:
+        for parameter in chunk.parameters():
+            if not getattr(parameter, "allreduce", True):
+                experts += parameter.numel()
+            elif param_is_not_tensor_parallel_duplicate(parameter) and not getattr(parameter, "shared", False):
+                shared_out += parameter.numel()
+    groups = {
+        parallel_state.get_model_parallel_group(): shared_out,
+        # Experts that are dealt out: other ranks hold others, data-parallel ones among them.
+        parallel_state.get_expert_tensor_model_pipeline_parallel_group(): experts,
+    }
+    total = 0
+    for group, own in groups.items():
+        number = torch.tensor([own], dtype=torch.int64, device=torch.cuda.current_device())
+        torch.distributed.all_reduce(number, group=group)
+        total += int(number.item())
+    return total

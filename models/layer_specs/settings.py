@@ -31,8 +31,7 @@ def transformer_config(model: ModelConfig, precision: str, layout: Layout, devic
         hidden_dropout=0.0,
         attention_dropout=0.0,
         init_method_std=model.init_std,
-        tensor_model_parallel_size=layout.tensor,
-        pipeline_model_parallel_size=layout.pipeline,
+        **_layout_options(layout),
         pipeline_dtype=torch.bfloat16 if bf16 else torch.float32,
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
         bf16=bf16,
@@ -46,11 +45,32 @@ def transformer_config(model: ModelConfig, precision: str, layout: Layout, devic
         masked_softmax_fusion=on_cuda,
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
-        **(_moe_options(model.moe, model.ffn_size, layout) if model.moe is not None else {}),
+        **(_moe_options(model.moe, model.ffn_size, layout, on_cuda) if model.moe is not None else {}),
     )
 
 
-def _moe_options(moe: MoEConfig, expert_size: int, layout: Layout) -> dict[str, Any]:
+def _layout_options(layout: Layout) -> dict[str, Any]:
+    interleaved = layout.virtual_pipeline > 1
+    return {
+        "tensor_model_parallel_size": layout.tensor,
+        "sequence_parallel": layout.sequence_parallel,
+        "context_parallel_size": layout.context,
+        "expert_model_parallel_size": layout.expert,
+        "expert_tensor_parallel_size": layout.expert_tensor,
+        "pipeline_model_parallel_size": layout.pipeline,
+        "virtual_pipeline_model_parallel_size": layout.virtual_pipeline if interleaved else None,
+        # An interleaved stage sends forward and backward in one batch, and with two stages to the same rank: only the
+        # unbatched form, which takes a process group a direction, keeps the two apart.
+        "batch_p2p_comm": not interleaved,
+        "overlap_p2p_comm": interleaved,
+        "deallocate_pipeline_outputs": layout.pipeline > 1 and not interleaved,
+        "recompute_granularity": None if layout.recompute == "none" else layout.recompute,
+        "recompute_method": "uniform" if layout.recompute == "full" else None,
+        "recompute_num_layers": 1 if layout.recompute == "full" else None,
+    }
+
+
+def _moe_options(moe: MoEConfig, expert_size: int, layout: Layout, on_cuda: bool) -> dict[str, Any]:
     """Megatron's dropless top-k MoE layer, an expert after the other: grouped products need CUDA libraries."""
     return {
         "num_moe_experts": moe.num_experts,
@@ -62,10 +82,11 @@ def _moe_options(moe: MoEConfig, expert_size: int, layout: Layout) -> dict[str, 
         "moe_router_pre_softmax": moe.top_k == 1,
         "moe_router_dtype": "fp32",
         "moe_router_load_balancing_type": "global_aux_loss",
-        # Megatron divides each rank's share of this loss by the tokens of all ranks, and then averages over the ranks
-        # as if it were a mean already: without the factor the loss would fade with data parallelism.
+        # Megatron divides each rank's share of this loss by the tokens of all ranks, and then averages over the
+        # data-parallel ranks as if it were a mean already: without the factor the loss would fade. Shares of tensor
+        # ranks are summed (the router's weight is marked), and context ranks have the factor in Megatron's scale.
         "moe_aux_loss_coeff": moe.aux_loss_coefficient * layout.data,
         "moe_z_loss_coeff": moe.z_loss_coefficient or None,
-        "moe_token_dispatcher_type": "allgather",
+        "moe_token_dispatcher_type": "alltoall" if on_cuda and layout.expert > 1 else "allgather",
         "moe_grouped_gemm": False,
     }

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from models import checkpoint, corpus, layer_specs, run_dir
 from models import device as devices
 from models.config import TrialConfig
 from models.run_dir import AttemptSpec, StepRecord, Summary
-from models.trainer.evaluate import Evaluator, token_losses
+from models.trainer import passes
+from models.trainer.evaluate import Evaluator
 from models.trainer.journal import Journal
 from models.trainer.optimizer import update, wrap
 from models.trainer.schedule import learning_rate
@@ -97,9 +97,9 @@ class _Attempt:
         trial, world, spec = self.trial, self.world, self.spec
         prepared = corpus.prepare(trial.data, Path(spec.data_dir))
         devices.seed_everything(trial.seed, world.device)
-        model = layer_specs.build_model(trial, world.layout, world.device)
-        self.num_parameters = layer_specs.num_parameters(model)
-        self.model, self.optimizer = wrap(trial, model, world.device)
+        chunks = layer_specs.build_chunks(trial, world.layout, world.device)
+        self.num_parameters = layer_specs.num_parameters(chunks)
+        self.chunks, self.optimizer = wrap(trial, chunks, world.device)
         self.micro_batch = spec.micro_batch_sequences or trial.batch_sequences // world.layout.data
         self.batches = corpus.TrainBatches(
             corpus.train_dataset(
@@ -110,10 +110,9 @@ class _Attempt:
             rank=world.data_rank,
             num_ranks=world.layout.data,
         )
-        self.evaluator = Evaluator(trial, prepared, self.model, world, self.micro_batch, self.beat)
-        self.forward_backward = get_forward_backward_func()
+        self.evaluator = Evaluator(trial, prepared, self.chunks, world, self.micro_batch, self.beat)
         if spec.resume_checkpoint is not None:
-            step = checkpoint.load(Path(spec.resume_checkpoint), self.model, self.optimizer)
+            step = checkpoint.load(Path(spec.resume_checkpoint), self.chunks, self.optimizer)
             if step != spec.resume_step:
                 raise RuntimeError(
                     f"checkpoint {spec.resume_checkpoint} holds step {step}, expected {spec.resume_step}"
@@ -125,18 +124,19 @@ class _Attempt:
 
     def _train_one_step(self) -> None:
         train, started = self.trial.train, time.perf_counter()
-        self.model.zero_grad_buffer()
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        losses = self.forward_backward(
-            forward_step_func=_forward_step,
-            data_iterator=self._micro_batches(),
-            model=[self.model],
-            num_microbatches=self.batches.num_micro_batches,
-            seq_length=self.trial.data.sequence_length,
-            micro_batch_size=self.micro_batch,
-            forward_only=False,
+        losses = passes.run(
+            self.chunks,
+            self._micro_batches,
+            passes.mean_loss,
+            num_micro_batches=self.batches.num_micro_batches,
+            micro_batch_sequences=self.micro_batch,
+            sequence_length=self.trial.data.sequence_length,
         )
-        loss = float(self.world.mean_over_data_ranks(torch.stack(losses).mean()))
+        own = torch.stack(losses).mean() if losses else torch.zeros((), device=self.world.device)
+        loss = float(self.world.from_last_stage(self.world.mean_over_data_ranks(own)))
         lr = learning_rate(train, self.step)
         norm = update(self.optimizer, lr, train.clip_gradient_norm) if math.isfinite(loss) else math.nan
         seconds = time.perf_counter() - started
@@ -157,7 +157,7 @@ class _Attempt:
         if not finite:
             raise NonFinite(f"loss {loss}, gradient norm {norm} at step {self.step}")
 
-    def _micro_batches(self) -> Iterator[dict[str, torch.Tensor]]:
+    def _micro_batches(self) -> Iterator[corpus.Batch]:
         for batch in self.batches.micro_batches(self.step - 1):
             self.beat()
             yield {name: tensor.to(self.world.device) for name, tensor in batch.items()}
@@ -168,7 +168,7 @@ class _Attempt:
 
     def _save(self) -> None:
         if self.step > self.spec.resume_step:
-            checkpoint.save(self.spec.attempt_dir, self.step, self.model, self.optimizer, self.spec.keep_checkpoints)
+            checkpoint.save(self.spec.attempt_dir, self.step, self.chunks, self.optimizer, self.spec.keep_checkpoints)
 
     def summary(self, outcome: Any, error: str | None) -> Summary:
         return Summary(
@@ -181,16 +181,3 @@ class _Attempt:
             num_parameters=self.num_parameters,
             error=error,
         )
-
-
-def _forward_step(batches: Iterator[dict[str, torch.Tensor]], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
-    """Megatron's forward step: per-token losses [B, S], and the function that makes them one number."""
-    batch = next(batches)
-    losses = token_losses(model, batch)
-
-    def mean_loss(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        loss = (losses.float() * batch["loss_mask"]).sum() / batch["loss_mask"].sum()
-        # A copy: Megatron divides the loss by the number of micro-batches in place.
-        return loss, loss.detach().clone()
-
-    return losses, mean_loss

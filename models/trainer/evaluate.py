@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
 
 import torch
-from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from models import corpus, run_dir
 from models.config import TrialConfig
 from models.run_dir import ValidationRecord
+from models.trainer import passes
 from models.trainer.world import World
-
-
-def token_losses(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Cross-entropy in nats of every target, [B, S]. The mask is None: Megatron's attention is causal by itself."""
-    losses: torch.Tensor = model(
-        input_ids=batch["tokens"], position_ids=batch["position_ids"], attention_mask=None, labels=batch["labels"]
-    )
-    return losses
 
 
 class Evaluator:
@@ -30,12 +22,12 @@ class Evaluator:
         self,
         trial: TrialConfig,
         prepared: corpus.Prepared,
-        model: torch.nn.Module,
+        chunks: Sequence[torch.nn.Module],
         world: World,
         micro_batch: int,
         beat: Callable[[], None] = lambda: None,
     ) -> None:
-        self.trial, self.prepared, self.model, self.world = trial, prepared, model, world
+        self.trial, self.prepared, self.chunks, self.world = trial, prepared, chunks, world
         self.micro_batch, self.beat = micro_batch, beat
 
     @torch.no_grad()
@@ -48,19 +40,24 @@ class Evaluator:
             batch_sequences=self.micro_batch,
             rank=self.world.data_rank,
             num_ranks=self.world.layout.data,
+            # Megatron's interleaved schedule takes whole groups of micro-batches.
+            multiple_of=self.world.layout.pipeline if len(self.chunks) > 1 else 1,
         )
-        self.model.eval()
-        nats: list[torch.Tensor] = get_forward_backward_func()(
-            forward_step_func=_forward_step,
-            data_iterator=self._on_device(windows),
-            model=[self.model],
-            num_microbatches=len(windows),
-            seq_length=self.trial.data.sequence_length,
-            micro_batch_size=self.micro_batch,
+        for chunk in self.chunks:
+            chunk.eval()
+        nats = passes.run(
+            self.chunks,
+            lambda: self._on_device(windows),
+            passes.sum_loss,
+            num_micro_batches=len(windows),
+            micro_batch_sequences=self.micro_batch,
+            sequence_length=self.trial.data.sequence_length,
             forward_only=True,
         )
-        self.model.train()
-        total = float(self.world.sum_over_data_ranks(torch.stack(nats).sum()))
+        for chunk in self.chunks:
+            chunk.train()
+        own = torch.stack(nats).sum() if nats else torch.zeros((), dtype=torch.float64, device=self.world.device)
+        total = float(self.world.from_last_stage(self.world.sum_over_data_ranks(own)))
         finite = math.isfinite(total)
         return ValidationRecord(
             step=step,
@@ -74,18 +71,7 @@ class Evaluator:
             nonfinite=not finite,
         )
 
-    def _on_device(self, batches: Iterable[corpus.Batch]) -> Iterator[dict[str, torch.Tensor]]:
+    def _on_device(self, batches: corpus.ValidationBatches) -> Iterator[corpus.Batch]:
         for batch in batches:
             self.beat()
             yield {name: tensor.to(self.world.device) for name, tensor in batch.items()}
-
-
-def _forward_step(batches: Iterator[dict[str, torch.Tensor]], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
-    batch = next(batches)
-
-    def sum_loss(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        # float64: the sum over a large split must not lose what tells two arms apart.
-        total = (losses.double() * batch["loss_mask"]).sum()
-        return total, total.detach().clone()
-
-    return token_losses(model, batch), sum_loss

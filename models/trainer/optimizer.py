@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,19 +16,18 @@ from models import device as devices
 from models.config import TrialConfig
 
 
-def wrap(trial: TrialConfig, model: GPTModel, device: str) -> tuple[DistributedDataParallel, Any]:
-    """The model in Megatron's DDP, and its optimizer: the distributed one on CUDA, the plain one on CPU."""
+def wrap(trial: TrialConfig, chunks: Sequence[GPTModel], device: str) -> tuple[list[DistributedDataParallel], Any]:
+    """Each chunk in Megatron's DDP, and the optimizer of all: the distributed one on CUDA, the plain one on CPU."""
     on_cuda = device == "cuda"
     if trial.precision == "bf16" and not on_cuda:
         raise ValueError("precision bf16 needs a CUDA device: Megatron's optimizer for it takes no CPU tensors")
-    model.config.finalize_model_grads_func = finalize_model_grads
-    ddp = DistributedDataParallel(
-        config=model.config,
-        ddp_config=DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True, use_distributed_optimizer=on_cuda, overlap_grad_reduce=False
-        ),
-        module=model,
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, use_distributed_optimizer=on_cuda, overlap_grad_reduce=False
     )
+    wrapped = []
+    for chunk in chunks:
+        chunk.config.finalize_model_grads_func = finalize_model_grads
+        wrapped.append(DistributedDataParallel(config=chunk.config, ddp_config=ddp_config, module=chunk))
     train = trial.train
     config = OptimizerConfig(
         optimizer="adam",
@@ -47,11 +47,11 @@ def wrap(trial: TrialConfig, model: GPTModel, device: str) -> tuple[DistributedD
         name=("*gate_parameters.*", "*sdpa_norm_weight"),
         predicate=ParamPredicate("one_dimensional", lambda parameter: parameter.ndim == 1),
     )
-    optimizer = get_megatron_optimizer(config, [ddp], config_overrides={without_decay: {"wd_mult": 0.0}})
+    optimizer = get_megatron_optimizer(config, wrapped, config_overrides={without_decay: {"wd_mult": 0.0}})
     # Megatron leaves the multiplier to its own scheduler, which is not used here.
     for group in optimizer.param_groups:
         group["weight_decay"] = train.weight_decay * group["wd_mult"]
-    return ddp, optimizer
+    return wrapped, optimizer
 
 
 def update(optimizer: Any, lr: float, max_norm: float) -> float:
@@ -62,7 +62,8 @@ def update(optimizer: Any, lr: float, max_norm: float) -> float:
     norm = float(optimizer.get_grad_norm())
     if not math.isfinite(norm):
         return norm
-    gradients = [parameter.grad for parameter in optimizer.get_parameters() if parameter.grad is not None]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     devices.scale_gradients(gradients, norm, max_norm)
     optimizer.step_with_ready_grads()
     return norm

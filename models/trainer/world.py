@@ -45,7 +45,12 @@ class World:
             timeout=datetime.timedelta(seconds=timeout_seconds),
         )
         parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=layout.tensor, pipeline_model_parallel_size=layout.pipeline
+            tensor_model_parallel_size=layout.tensor,
+            pipeline_model_parallel_size=layout.pipeline,
+            virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
+            context_parallel_size=layout.context,
+            expert_model_parallel_size=layout.expert,
+            expert_tensor_parallel_size=layout.expert_tensor,
         )
         return cls(rank=rank, layout=layout, device=device)
 
@@ -71,12 +76,16 @@ class World:
         return bool(value.item())
 
     def mean_over_data_ranks(self, value: torch.Tensor) -> torch.Tensor:
-        if self.layout.data > 1:
-            distributed.all_reduce(value, group=parallel_state.get_data_parallel_group())
-            value = value / self.layout.data
-        return value
+        return self.sum_over_data_ranks(value) / self.layout.data if self.layout.data > 1 else value
 
     def sum_over_data_ranks(self, value: torch.Tensor) -> torch.Tensor:
         if self.layout.data > 1:
             distributed.all_reduce(value, group=parallel_state.get_data_parallel_group())
+        return value
+
+    def from_last_stage(self, value: torch.Tensor) -> torch.Tensor:
+        """The last pipeline stage's value on every stage; losses exist there only. Same shape and type on all."""
+        if self.layout.pipeline > 1:
+            last = parallel_state.get_pipeline_model_parallel_last_rank()
+            distributed.broadcast(value, src=last, group=parallel_state.get_pipeline_model_parallel_group())
         return value

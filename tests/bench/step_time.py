@@ -21,7 +21,7 @@ from models import accounting, device, layer_specs
 from models.config import DataConfig, GateConfig, Layout, TrainConfig, TrialConfig
 from models.presets import PRESETS
 from models.trainer import World
-from models.trainer.evaluate import token_losses
+from models.trainer.passes import token_losses
 from models.trainer.optimizer import update, wrap
 
 GATES = {
@@ -60,7 +60,7 @@ def trial_of(options: argparse.Namespace, gate: GateConfig | None, matched: bool
 def stepper(trial: TrialConfig) -> Callable[[], float]:
     """A function that does one training step on random bytes and returns its seconds."""
     device.seed_everything(trial.seed, "cpu")
-    model, optimizer = wrap(trial, layer_specs.build_model(trial, Layout(), "cpu"), "cpu")
+    (model,), optimizer = wrap(trial, layer_specs.build_chunks(trial, Layout(), "cpu"), "cpu")
     shape = (trial.batch_sequences, trial.data.sequence_length)
     tokens = torch.randint(trial.data.vocab_size, shape)
     batch = {"tokens": tokens, "labels": tokens.roll(-1, 1), "position_ids": torch.arange(shape[1]).expand(shape)}
