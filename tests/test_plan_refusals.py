@@ -52,15 +52,24 @@ def refused(folder, monkeypatch):
 # ---- refusals
 
 
+MOE = "axes: {model.preset: [cpu-moe-tiny]}"
 REFUSALS = [
-    ("resources: {layout: {tensor: 2}}\naxes: {model.preset: [cpu-moe-tiny]}", "model.moe with layout.tensor 2: Megatron trains experts over tensor ranks only with sequence parallelism"),
+    (f"resources: {{layout: {{tensor: 2}}}}\n{MOE}", "model.moe with layout.tensor 2: Megatron trains experts over tensor ranks only with layout.sequence_parallel true"),
     ("resources: {layout: {tensor: 4}}", "model.num_kv_heads 2 is not divisible by layout.tensor 4"),
     ("resources: {layout: {tensor: 8}}", "model.num_query_heads 4 is not divisible by layout.tensor 8"),
     ("resources: {layout: {tensor: 3}}", "vocabulary 256 is not divisible by layout.tensor 3"),
     ("resources: {layout: {data: 3}}", "a batch of 8 sequences (2,048 tokens) is not divisible by layout.data 3"),
     ("resources: {layout: {data: 2}, micro_batch_sequences: 3}", "a batch of 8 sequences (2,048 tokens) is not divisible by micro_batch_sequences 3 x layout.data 2"),
-    ("resources: {layout: {pipeline: 2}}", "layout.pipeline 2: not in this version, which takes 1"),
-    ("resources: {layout: {expert: 2}}", "layout.expert 2: not in this version, which takes 1"),
+    ("resources: {layout: {pipeline: 3}}", "model.num_layers 2 is not divisible by layout.pipeline 3"),
+    ("resources: {layout: {pipeline: 2, virtual_pipeline: 2}, micro_batch_sequences: 2}", "model.num_layers 2 is not divisible by layout.pipeline 2 x layout.virtual_pipeline 2"),
+    ("resources: {layout: {virtual_pipeline: 2}}", "layout.virtual_pipeline 2 interleaves pipeline stages, and layout.pipeline is 1"),
+    ("axes: {model.num_layers: [4]}\nresources: {layout: {pipeline: 2, virtual_pipeline: 2}}", "a rank's 1 micro-batch(es) a step are not a multiple of layout.pipeline 2; set resources.micro_batch_sequences"),
+    ("resources: {layout: {expert: 2, data: 2}}", "layout.expert 2 deals out experts, and there is no model.moe"),
+    (f"resources: {{layout: {{expert: 2}}}}\n{MOE}", "layout.expert 2 does not divide the 1 rank(s) of layout.tensor x context x data over which experts are dealt out; allowed for instance: layout.data 2"),
+    (f"resources: {{layout: {{expert: 3, data: 3}}}}\n{MOE}", "model.moe.num_experts 8 is not divisible by layout.expert 3"),
+    ("resources: {layout: {sequence_parallel: true}}", "layout.sequence_parallel spreads the sequence over tensor ranks, and layout.tensor is 1"),
+    ("axes: {data.sequence_length: [1, 2]}\nexclude: [{data.sequence_length: 2}]\nresources: {layout: {tensor: 2, sequence_parallel: true}}", "layout.sequence_parallel: data.sequence_length 1 is not divisible by layout.tensor 2"),
+    ("resources: {layout: {context: 2}}", "layout.context 2: not in this version. Of Megatron's core attentions only Transformer Engine's sees past its rank's part of a sequence"),
 ]  # fmt: skip
 
 
@@ -77,6 +86,23 @@ def test_bf16_on_a_cpu_is_refused(plan):
     assert refusal.reason == "precision bf16 needs GPUs (resources.gpus is 0); a CPU takes fp32"
 
 
+RUNNABLE = [
+    ("cpu-tiny", "{layout: {pipeline: 2}}"),
+    ("cpu-tiny", "{layout: {tensor: 2, sequence_parallel: true}}"),
+    ("cpu-tiny", "{layout: {data: 2, recompute: full}}"),
+    ("cpu-moe-tiny", "{layout: {data: 2, expert: 2}}"),
+    ("cpu-moe-tiny", "{layout: {tensor: 2, expert: 2, sequence_parallel: true}}"),
+    ("cpu-1m", "{layout: {pipeline: 2, virtual_pipeline: 2}, micro_batch_sequences: 4}"),
+]
+
+
+@pytest.mark.parametrize(("preset", "resources"), RUNNABLE)
+def test_what_runs_is_not_refused(plan, preset, resources):
+    planned = plan(SMALL.replace("cpu-tiny", preset) + f"resources: {resources}\n")
+    assert planned.refusals == ()
+    assert len(planned.trials) == 4
+
+
 def test_an_odd_width_is_refused_under_tensor_parallelism(plan):
     (refusal, _) = plan(SMALL, "model.ffn_size=191", "resources={layout: {tensor: 2}}").refusals
     assert refusal.reason == "model.ffn_size 191 is not divisible by layout.tensor 2"
@@ -91,7 +117,7 @@ def test_only_the_cells_that_cannot_run_are_refused(plan):
 
 
 def test_all_reasons_of_a_cell_are_given_at_once(plan):
-    (refusal, _) = plan(SMALL, "precision=bf16", "resources={layout: {pipeline: 2, data: 3}}").refusals
+    (refusal, _) = plan(SMALL, "precision=bf16", "resources={layout: {pipeline: 3, data: 3}}").refusals
     assert refusal.reason.count(";") == 3
 
 

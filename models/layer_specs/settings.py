@@ -31,7 +31,7 @@ def transformer_config(model: ModelConfig, precision: str, layout: Layout, devic
         hidden_dropout=0.0,
         attention_dropout=0.0,
         init_method_std=model.init_std,
-        **_layout_options(layout),
+        **_layout_options(layout, on_cuda),
         pipeline_dtype=torch.bfloat16 if bf16 else torch.float32,
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
         bf16=bf16,
@@ -49,7 +49,7 @@ def transformer_config(model: ModelConfig, precision: str, layout: Layout, devic
     )
 
 
-def _layout_options(layout: Layout) -> dict[str, Any]:
+def _layout_options(layout: Layout, on_cuda: bool) -> dict[str, Any]:
     interleaved = layout.virtual_pipeline > 1
     return {
         "tensor_model_parallel_size": layout.tensor,
@@ -63,7 +63,8 @@ def _layout_options(layout: Layout) -> dict[str, Any]:
         # unbatched form, which takes a process group a direction, keeps the two apart.
         "batch_p2p_comm": not interleaved,
         "overlap_p2p_comm": interleaved,
-        "deallocate_pipeline_outputs": layout.pipeline > 1 and not interleaved,
+        # While an interleaved stage frees what it sent, gloo may still be reading it; CUDA's streams are in order.
+        "deallocate_pipeline_outputs": layout.pipeline > 1 and (on_cuda or not interleaved),
         "recompute_granularity": None if layout.recompute == "none" else layout.recompute,
         "recompute_method": "uniform" if layout.recompute == "full" else None,
         "recompute_num_layers": 1 if layout.recompute == "full" else None,

@@ -24,7 +24,8 @@ from orchestrator.plan.cells import (
     number_of_cells,
 )
 from orchestrator.plan.files import Files
-from orchestrator.plan.resolve import cell_config, matched, refusals
+from orchestrator.plan.refusals import refusals
+from orchestrator.plan.resolve import cell_config, matched
 from orchestrator.sweep import DocumentPath, Problems, Sweep, UserError
 
 MAX_TRIALS = 100_000

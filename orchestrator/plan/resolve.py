@@ -14,7 +14,7 @@ from models.accounting import default_ffn_multiple, match_ffn_size, match_ffn_si
 from models.config import TrialConfig
 from orchestrator.plan.cells import CellError, Leaf, Leaves, nested
 from orchestrator.plan.files import FileError, Files
-from orchestrator.sweep import MatchConfig, ResourcesConfig, Sweep, config_fields
+from orchestrator.sweep import MatchConfig, Sweep, config_fields
 
 _LAYERS = ("resources", "base", "arms", "axes", "zip", "rows")
 """First keys of a place in the file, later ones laid over earlier ones."""
@@ -55,41 +55,6 @@ def matched(config: TrialConfig, sweep: Sweep, arm: str) -> TrialConfig:
     match_width = match_ffn_size if match.by == "parameters" else match_ffn_size_for_flops
     model = config.model.model_copy(update={"ffn_size": match_width(config.model, config.gates, multiple)})
     return config.model_copy(update={"model": model})
-
-
-def refusals(config: TrialConfig, resources: ResourcesConfig) -> list[str]:
-    """Why this version cannot run the config on this layout; empty when it can."""
-    layout, model, reasons = resources.layout, config.model, []
-    for name in ("pipeline", "virtual_pipeline", "expert", "context"):
-        if (ranks := getattr(layout, name)) > 1:
-            reasons.append(f"layout.{name} {ranks}: not in this version, which takes 1")
-    if layout.sequence_parallel:
-        reasons.append("layout.sequence_parallel: not in this version")
-    if layout.recompute != "none":
-        reasons.append(f"layout.recompute {layout.recompute}: not in this version, which takes none")
-    if model.moe is not None and layout.tensor > 1:
-        reasons.append(
-            f"model.moe with layout.tensor {layout.tensor}: Megatron trains experts over tensor ranks only with "
-            "sequence parallelism, which is not in this version; allowed: layout.tensor 1"
-        )
-    sizes = {
-        "model.num_query_heads": model.num_query_heads,
-        "model.num_kv_heads": model.num_kv_heads,
-        "model.ffn_size": model.ffn_size,
-        "vocabulary": config.data.vocab_size,
-    }
-    for name, size in sizes.items():
-        if size % layout.tensor:
-            reasons.append(f"{name} {size:,} is not divisible by layout.tensor {layout.tensor}")
-    sequences, micro = config.batch_sequences, resources.micro_batch_sequences
-    batch = f"a batch of {sequences:,} sequences ({config.train.batch_tokens:,} tokens)"
-    if sequences % layout.data:
-        reasons.append(f"{batch} is not divisible by layout.data {layout.data}")
-    elif micro is not None and sequences % (micro * layout.data):
-        reasons.append(f"{batch} is not divisible by micro_batch_sequences {micro} x layout.data {layout.data}")
-    if config.precision == "bf16" and resources.gpus == 0:
-        reasons.append("precision bf16 needs GPUs (resources.gpus is 0); a CPU takes fp32")
-    return reasons
 
 
 def _cell_error(detail: ErrorDetails, arm: str, leaves: Leaves) -> CellError:

@@ -21,8 +21,8 @@ from models import accounting, device, layer_specs
 from models.config import DataConfig, GateConfig, Layout, TrainConfig, TrialConfig
 from models.presets import PRESETS
 from models.trainer import World
-from models.trainer.passes import token_losses
 from models.trainer.optimizer import update, wrap
+from models.trainer.passes import token_losses
 
 GATES = {
     "sdpa elementwise": GateConfig(position="sdpa"),
