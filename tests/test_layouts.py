@@ -24,7 +24,7 @@ FIRST_TOLERANCE = 2e-6
 GATED = (GateConfig(position="sdpa"), GateConfig(position="value", granularity="headwise"))
 SHARED = (GateConfig(position="sdpa", sharing="head_shared"), GateConfig(position="query", input="none"))
 DENSE_GATE = (GateConfig(position="dense"), GateConfig(position="key", qk_order="before_norm"))
-PARAMETER = (
+PARAMETERS = (
     GateConfig(position="dense", input="none"),
     GateConfig(position="sdpa", granularity="headwise", input="none"),
 )
