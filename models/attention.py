@@ -61,6 +61,8 @@ class GatedSelfAttention(SelfAttention):  # type: ignore[misc]
         self.gate_configs: dict[str, GateConfig] = {gate.position: gate for gate in gate_configs}
         self.gate_rows = {position: number for position, number in rows.items() if number}
         self.sdpa_output = sdpa_output
+        self.score_tap: Callable[[str, Tensor], None] | None = None
+        """Shown every gate's position and scores [S, B, heads, D or 1] while it is set, at the price of the kernel."""
         self._queries_per_group = queries_per_group
         dense = self.gate_configs.get("dense")
         if dense is not None and dense.input == "hidden":
@@ -188,10 +190,13 @@ class GatedSelfAttention(SelfAttention):  # type: ignore[misc]
             parameter = self.gate_parameters[gate.position]
             logits = parameter.expand(*signal.shape[:2], *parameter.shape)
         assert logits is not None
-        if kernels.supports(gate, signal, logits):
+        if self.score_tap is None and kernels.supports(gate, signal, logits):
             return kernels.gated(gate, signal, logits)
         logits = logits.flatten(2, 3) if logits.dim() == 5 else logits
-        return gates.apply(gate, signal, gates.scores(gate, logits, self._mean_over_heads))
+        scores = gates.scores(gate, logits, self._mean_over_heads)
+        if self.score_tap is not None:
+            self.score_tap(gate.position, scores)
+        return gates.apply(gate, signal, scores)
 
     def _apply_output_gate(self, x: Tensor, gate: Tensor) -> Tensor:
         """What is done to the SDPA output ``x`` [S, B, H*D]: its non-linearity, then its gate from logits ``gate``."""

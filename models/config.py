@@ -257,9 +257,7 @@ class TrialConfig(Frozen):
 
     def validation_steps(self) -> tuple[int, ...]:
         """The optimizer steps after which the validation slice is measured, ascending."""
-        steps, points = self.train.num_steps, self.data.validation.points
-        points = min(points, steps)
-        return tuple(sorted({max(1, round(steps * i / points)) for i in range(1, points + 1)}))
+        return evenly_spaced(self.train.num_steps, self.data.validation.points)
 
     def canonical_json(self) -> str:
         """What the fingerprint covers: hashes stand for the files, so a moved corpus is the same trial.
@@ -279,6 +277,12 @@ class TrialConfig(Frozen):
     def fingerprint(self) -> str:
         """16 hexadecimal digits, equal for equal trials on every machine."""
         return hashlib.sha256(self.canonical_json().encode()).hexdigest()[:16]
+
+
+def evenly_spaced(num_steps: int, points: int) -> tuple[int, ...]:
+    """At most ``points`` of the steps 1 to ``num_steps``, ascending; the last is ``num_steps``. None for 0 points."""
+    points = min(points, num_steps)
+    return tuple(sorted({max(1, round(num_steps * i / points)) for i in range(1, points + 1)}))
 
 
 def _without_absent(content: dict[str, Any]) -> dict[str, Any]:

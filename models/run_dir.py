@@ -4,7 +4,7 @@
       config.json                    the resolved TrialConfig
       attempts/<number>-<token>/     one attempt writes only here
         attempt.json                 what the controller asked for (AttemptSpec)
-        metrics.jsonl                one record a line: steps and validations, in order
+        metrics.jsonl                one record a line: steps, validations and diagnostics, in order
         log-rank<r>.txt              what a rank said
         stacks-rank<r>.txt           what it was doing, when the attempt hung
         checkpoints/step_<n>/        complete once it has this name; written aside before
@@ -24,7 +24,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-from models.config import Layout, TrialConfig
+from models.config import Layout, TrialConfig, evenly_spaced
 
 
 class _Line(BaseModel):
@@ -61,8 +61,72 @@ class ValidationRecord(_Line):
     nonfinite: bool = False
 
 
-Record = Annotated[StepRecord | ValidationRecord, Field(discriminator="kind")]
-_RECORD: TypeAdapter[StepRecord | ValidationRecord] = TypeAdapter(Record)
+Layers = list[float | None]
+"""One number a layer, first layer first; None where it is not finite, or where the layer has nothing to measure."""
+
+SPARSITY_THRESHOLDS = (0.1, 0.5)
+"""A gate score below one of these counts as closed; of scores that may be negative, the size counts."""
+
+
+class GateScores(_Line):
+    """The scores of the gates at one position, over all heads, channels and tokens of the probe."""
+
+    mean: Layers
+    share_below: dict[str, Layers]
+    """By threshold (the keys are SPARSITY_THRESHOLDS as text), the share of scores below it."""
+    low: float
+    high: float
+    """Ends of the histogram; scores beyond them are counted in the outermost bins."""
+    histogram: list[list[float] | None]
+    """By layer, the share of scores in each of equally wide bins."""
+
+
+class LayerDiagnostics(_Line):
+    """What one forward pass over a few sequences shows, by layer. ``models.diagnostics.probe`` measures it."""
+
+    first_token_attention: list[Layers]
+    """[layer][head]: mean attention probability on key 0, over the queries from 1 on (query 0 sees nothing else)."""
+    max_activation: Layers
+    """The largest absolute value in the residual stream after the layer."""
+    attention_output_rms: Layers
+    ffn_output_rms: Layers
+    """Root mean square of an element of what attention and FFN give out, before a sandwich norm."""
+    residual_rms: Layers
+    """The same of the residual stream after the layer."""
+    gate_scores: dict[str, GateScores] = {}
+    """By gate position; empty without a gate. Gates with ``input: constant`` have no scores."""
+    nonfinite: bool = False
+
+
+class DiagnosticRecord(LayerDiagnostics):
+    """The probe after ``step`` optimizer steps, with what that step did to each layer's parameters."""
+
+    kind: Literal["diagnostics"] = "diagnostics"
+    step: int
+    tokens: int
+    fraction: float
+    gradient_norm: Layers
+    """Before clipping."""
+    update_ratio: Layers
+    """Norm of the step's change of the layer's parameters, over the norm of the parameters before it."""
+
+
+Record = Annotated[StepRecord | ValidationRecord | DiagnosticRecord, Field(discriminator="kind")]
+_RECORD: TypeAdapter[Record] = TypeAdapter(Record)
+
+
+class DiagnosticsSpec(_Line):
+    """How often an attempt measures itself, and on how much. It changes no other number."""
+
+    points: int = Field(default=4, ge=0)
+    """Probes, evenly spaced over the schedule, the last one at its end; 0 turns diagnostics off."""
+    sequences: int = Field(default=1, ge=1)
+    """Of the validation slice's first windows, the same for every probe."""
+    histogram_bins: int = Field(default=20, ge=2)
+
+    def steps(self, num_steps: int) -> tuple[int, ...]:
+        """The optimizer steps that are probed, ascending."""
+        return evenly_spaced(num_steps, self.points)
 
 
 class AttemptSpec(_Line):
@@ -83,6 +147,7 @@ class AttemptSpec(_Line):
     checkpoint_every_steps: int | None = None
     keep_checkpoints: int = Field(default=2, ge=1)
     threads_per_rank: int = 1
+    diagnostics: DiagnosticsSpec = DiagnosticsSpec()
 
     @property
     def attempt_dir(self) -> Path:
@@ -151,11 +216,11 @@ def stacks_path(attempt_dir: Path, rank: int) -> Path:
     return attempt_dir / f"stacks-rank{rank}.txt"
 
 
-def record_line(record: StepRecord | ValidationRecord) -> str:
+def record_line(record: Record) -> str:
     return record.model_dump_json() + "\n"
 
 
-def read_records(attempt_dir: Path, offset: int = 0) -> tuple[list[StepRecord | ValidationRecord], int]:
+def read_records(attempt_dir: Path, offset: int = 0) -> tuple[list[Record], int]:
     """Records from byte ``offset`` on, and the offset to go on from. A torn last line is left for later."""
     path = metrics_path(attempt_dir)
     if not path.exists():

@@ -81,19 +81,28 @@ class Oracle:
         self.weights = {name: weight.clone().requires_grad_() for name, weight in weights.items()}
         self.router_logits: list[Tensor] = []
         """[B, S, experts] of every layer of the last forward pass."""
+        self.seen: dict[str, list[Tensor]] = {}
+        """Of the last pass, a tensor a layer: ``attention`` probabilities [H, B, S, S]; ``attention_output``, ``ffn``
+        and the ``residual`` after the layer, [B, S, hidden]; each gate's scores by its position."""
+
+    def _see(self, name: str, tensor: Tensor) -> Tensor:
+        self.seen.setdefault(name, []).append(tensor.detach())
+        return tensor
 
     def losses(self, tokens_BS: Tensor, labels_BS: Tensor) -> Tensor:
         """Cross-entropy in nats of every label, [B, S]."""
         model, weights = self.model, self.weights
-        self.router_logits = []
+        self.router_logits, self.seen = [], {}
         x = weights["embedding.word_embeddings.weight"][tokens_BS]
         for layer in range(model.num_layers):
             prefix = f"decoder.layers.{layer}."
             normed = rms_norm(x, weights[prefix + "input_layernorm.weight"], model.norm_epsilon)
-            x = x + self._sandwiched(prefix + "self_attn_bda", self._attention(prefix, normed))
+            output = self._see("attention_output", self._attention(prefix, normed))
+            x = x + self._sandwiched(prefix + "self_attn_bda", output)
             normed = rms_norm(x, weights[prefix + "pre_mlp_layernorm.weight"], model.norm_epsilon)
             ffn = self._swiglu if model.moe is None else self._experts
-            x = x + self._sandwiched(prefix + "mlp_bda", ffn(prefix + "mlp.", normed))
+            output = self._see("ffn", ffn(prefix + "mlp.", normed))
+            x = self._see("residual", x + self._sandwiched(prefix + "mlp_bda", output))
         x = rms_norm(x, weights["decoder.final_layernorm.weight"], model.norm_epsilon)
         output = "embedding.word_embeddings.weight" if model.tied_embeddings else "output_layer.weight"
         logits = x @ weights[output].T
@@ -174,7 +183,7 @@ class Oracle:
     def _sdpa(self, query_BSHD: Tensor, key_BSKD: Tensor, value_BSKD: Tensor, sinks_H: Tensor | None) -> Tensor:
         """Query head h attends with key/value head h // (H / K); causal. A sink adds e^sink to the denominator."""
         num_positions, queries_per_group = query_BSHD.shape[1], self.model.num_query_heads // self.model.num_kv_heads
-        heads = []
+        heads, probabilities = [], []
         for head in range(self.model.num_query_heads):
             key, value = (kv[:, :, head // queries_per_group] for kv in (key_BSKD, value_BSKD))
             logits = query_BSHD[:, :, head] @ key.transpose(1, 2) / math.sqrt(self.model.head_dim)
@@ -183,7 +192,9 @@ class Oracle:
             denominator = weights.sum(dim=-1, keepdim=True)
             if sinks_H is not None:
                 denominator = denominator + sinks_H[head].exp()
-            heads.append(weights / denominator @ value)
+            probabilities.append(weights / denominator)
+            heads.append(probabilities[-1] @ value)
+        self._see("attention", torch.stack(probabilities))
         return torch.stack(heads, dim=2)
 
     def _gated(self, position: str, signal: Tensor, prefix: str, x: Tensor) -> Tensor:
@@ -191,7 +202,7 @@ class Oracle:
         gate = self.gates.get(position)
         if gate is None:
             return signal
-        score = self._score(gate, prefix, x)
+        score = self._see(position, self._score(gate, prefix, x))
         return signal * score if gate.combine == "multiplicative" else signal + score
 
     def _score(self, gate: GateConfig, prefix: str, x: Tensor) -> Tensor:

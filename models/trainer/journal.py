@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Self
 
 from models import run_dir
-from models.run_dir import StepRecord, Summary, ValidationRecord
+from models.run_dir import Record, Summary
 
 
 class Journal:
@@ -35,7 +35,7 @@ class Journal:
         if self._metrics is not None:
             self._metrics.close()
 
-    def write(self, record: StepRecord | ValidationRecord) -> None:
+    def write(self, record: Record) -> None:
         """One line, flushed: the controller sees it at once, and a killed process loses at most a torn line."""
         if self._metrics is None:
             return

@@ -6,11 +6,11 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 
-from models.run_dir import AttemptSpec, StepRecord
+from models.run_dir import AttemptSpec, Record, StepRecord
 from orchestrator.controller.snapshot import Running
 from orchestrator.failures import NONFINITE, Consequence, Wish
 from orchestrator.gang import Gang
-from orchestrator.search import Record, Stop
+from orchestrator.search import Stop
 from orchestrator.store import AttemptRow, TrialRow
 from orchestrator.sweep import RetryConfig
 

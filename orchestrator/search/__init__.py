@@ -3,8 +3,8 @@
 ``Search`` decides in memory; ``StudyMirror`` copies finished trials from the store to Optuna's own storage.
 """
 
-from orchestrator.search.divergence import DivergenceRule, Record, Stop
+from orchestrator.search.divergence import DivergenceRule, Stop
 from orchestrator.search.study import DivergencePruner, Search
 from orchestrator.search.study_mirror import MirrorError, StudyMirror
 
-__all__ = ["DivergencePruner", "DivergenceRule", "MirrorError", "Record", "Search", "Stop", "StudyMirror"]
+__all__ = ["DivergencePruner", "DivergenceRule", "MirrorError", "Search", "Stop", "StudyMirror"]

@@ -10,10 +10,8 @@ import math
 from collections import deque
 from dataclasses import dataclass
 
-from models.run_dir import StepRecord, ValidationRecord
+from models.run_dir import Record, StepRecord, ValidationRecord
 from orchestrator.sweep import DivergenceConfig
-
-Record = StepRecord | ValidationRecord
 
 
 @dataclass(frozen=True)
@@ -86,7 +84,7 @@ class DivergenceRule:
         if isinstance(record, ValidationRecord):
             if _nonfinite(record, record.loss_nats):
                 self._end(record.step, "nonfinite", f"the validation loss at step {record.step} is not finite")
-        elif record.step > self._last_step:
+        elif isinstance(record, StepRecord) and record.step > self._last_step:
             self._last_step = record.step
             self._observe_step(record)
 

@@ -15,8 +15,8 @@ import optuna
 from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial
 
-from models.run_dir import StepRecord
-from orchestrator.search.divergence import DivergenceRule, Record, Stop
+from models.run_dir import Record, StepRecord
+from orchestrator.search.divergence import DivergenceRule, Stop
 from orchestrator.search.points import TOLD, PlannedCell, distributions, outcome, parameters, told
 from orchestrator.sweep import DivergenceConfig
 

@@ -14,7 +14,7 @@ from typing import Any
 from sqlalchemy import Connection, RowMapping, func, insert, select, update
 
 from models.config import Layout
-from models.run_dir import StepRecord, Summary, ValidationRecord
+from models.run_dir import Record, StepRecord, Summary, ValidationRecord
 from orchestrator.store import lease as leases
 from orchestrator.store import schema
 from orchestrator.store.reader import attempt_row
@@ -65,9 +65,7 @@ def set_hosts(connection: Connection, lease: Lease, attempt: AttemptRow, hosts: 
     connection.execute(update(schema.attempt).where(schema.attempt.c.id == attempt.id).values(hosts=list(hosts)))
 
 
-def record(
-    connection: Connection, lease: Lease, attempt: AttemptRow, records: Sequence[StepRecord | ValidationRecord]
-) -> None:
+def record(connection: Connection, lease: Lease, attempt: AttemptRow, records: Sequence[Record]) -> None:
     """Keep an attempt's records; those already there stay. An ended attempt still takes them (recovery reads late)."""
     leases.check(connection, lease)
     steps = [_finite(item, attempt.id) for item in records if isinstance(item, StepRecord)]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, Self, Ty
 from sqlalchemy import Connection, update
 
 from models.config import Layout
-from models.run_dir import StepRecord, Summary, ValidationRecord
+from models.run_dir import Record, Summary
 from orchestrator.store import attempts, query, reader, schema, submission
 from orchestrator.store import lease as leases
 from orchestrator.store.engine import make_engine, parse_url, reading, writing
@@ -126,7 +126,7 @@ class Store:
     def set_hosts(self, lease: Lease, attempt: AttemptRow, hosts: Sequence[str]) -> None:
         self._write(attempts.set_hosts, lease, attempt, hosts)
 
-    def record(self, lease: Lease, attempt: AttemptRow, records: Sequence[StepRecord | ValidationRecord]) -> None:
+    def record(self, lease: Lease, attempt: AttemptRow, records: Sequence[Record]) -> None:
         """Keep records, in bulk; those already there stay."""
         if records:
             self._write(attempts.record, lease, attempt, records)
