@@ -279,6 +279,21 @@ class TrialConfig(Frozen):
         return hashlib.sha256(self.canonical_json().encode()).hexdigest()[:16]
 
 
+class DiagnosticsConfig(Frozen):
+    """How often an attempt looks inside its model, and on how much. It changes no other number: no fingerprint."""
+
+    points: Annotated[int, BeforeValidator(_integral), Field(ge=0)] = 4
+    """Probes, evenly spaced over the schedule, the last one at its end; 0: none."""
+    sequences: Count = 1
+    """Of the validation slice's first windows, the same for every probe."""
+    histogram_bins: Annotated[int, BeforeValidator(_integral), Field(ge=2)] = 20
+    """Of the gate scores."""
+
+    def steps(self, num_steps: int) -> tuple[int, ...]:
+        """The optimizer steps that are probed, ascending."""
+        return evenly_spaced(num_steps, self.points)
+
+
 def evenly_spaced(num_steps: int, points: int) -> tuple[int, ...]:
     """At most ``points`` of the steps 1 to ``num_steps``, ascending; the last is ``num_steps``. None for 0 points."""
     points = min(points, num_steps)

@@ -24,7 +24,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-from models.config import Layout, TrialConfig, evenly_spaced
+from models.config import DiagnosticsConfig, Layout, TrialConfig
 
 
 class _Line(BaseModel):
@@ -115,20 +115,6 @@ Record = Annotated[StepRecord | ValidationRecord | DiagnosticRecord, Field(discr
 _RECORD: TypeAdapter[Record] = TypeAdapter(Record)
 
 
-class DiagnosticsSpec(_Line):
-    """How often an attempt measures itself, and on how much. It changes no other number."""
-
-    points: int = Field(default=4, ge=0)
-    """Probes, evenly spaced over the schedule, the last one at its end; 0 turns diagnostics off."""
-    sequences: int = Field(default=1, ge=1)
-    """Of the validation slice's first windows, the same for every probe."""
-    histogram_bins: int = Field(default=20, ge=2)
-
-    def steps(self, num_steps: int) -> tuple[int, ...]:
-        """The optimizer steps that are probed, ascending."""
-        return evenly_spaced(num_steps, self.points)
-
-
 class AttemptSpec(_Line):
     """What the controller asks of a gang. Paths are absolute, on a file system that all ranks share."""
 
@@ -147,7 +133,7 @@ class AttemptSpec(_Line):
     checkpoint_every_steps: int | None = None
     keep_checkpoints: int = Field(default=2, ge=1)
     threads_per_rank: int = 1
-    diagnostics: DiagnosticsSpec = DiagnosticsSpec()
+    diagnostics: DiagnosticsConfig | None = DiagnosticsConfig()
 
     @property
     def attempt_dir(self) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from models.config import (
     ValidationConfig,
 )
 from models.presets import PRESETS
-from models.run_dir import AttemptSpec, StepRecord, Summary
+from models.run_dir import AttemptSpec, DiagnosticRecord, StepRecord, Summary
 
 SMALL = ModelConfig(num_layers=2, hidden_size=32, num_query_heads=4, num_kv_heads=2, head_dim=8, ffn_size=48)
 SMALL_VOCABULARY = 30
@@ -149,10 +150,43 @@ def new_attempt(home: Path, trial: TrialConfig, number: int = 1, **spec: Any) ->
     return attempt
 
 
-def metrics(spec: AttemptSpec) -> list[dict[str, Any]]:
+def everything(spec: AttemptSpec) -> list[dict[str, Any]]:
     """The records of an attempt without what differs from run to run."""
     records, _ = run_dir.read_records(spec.attempt_dir)
     return [record.model_dump(exclude={"tokens_per_second"}) for record in records]
+
+
+def metrics(spec: AttemptSpec) -> list[dict[str, Any]]:
+    """Of these, what was learnt: steps and validations."""
+    return [record for record in everything(spec) if record["kind"] != "diagnostics"]
+
+
+def diagnostics(spec: AttemptSpec) -> list[DiagnosticRecord]:
+    return [record for record in run_dir.read_records(spec.attempt_dir)[0] if isinstance(record, DiagnosticRecord)]
+
+
+def assert_same_diagnostics(found: list[DiagnosticRecord], expected: list[DiagnosticRecord]) -> None:
+    """Equal within rounding, number by number. A share counts scores, and a rounding may move one over a limit."""
+    assert expected
+    assert [record.step for record in found] == [record.step for record in expected]
+    for ours, theirs in zip(found, expected, strict=True):
+        pairs = zip(_flat(ours.model_dump()), _flat(theirs.model_dump()), strict=True)
+        for (path, number), (same_path, reference) in pairs:
+            assert path == same_path
+            if isinstance(reference, float):
+                size = abs(reference)
+                tolerance = 1e-3 if "share_below" in path or "histogram" in path else 2e-5 * size + 1e-8
+                assert abs(number - reference) <= tolerance, (theirs.step, path, number, reference)
+            else:
+                assert number == reference, (theirs.step, path)
+
+
+def _flat(content: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(content, dict | list):
+        for key, value in content.items() if isinstance(content, dict) else enumerate(content):
+            yield from _flat(value, f"{path}.{key}")
+    else:
+        yield path, content
 
 
 def steps_of(spec: AttemptSpec) -> list[StepRecord]:

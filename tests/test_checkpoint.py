@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import ranks
-from small_trials import corpus_trial, metrics, new_attempt, summary_of, write_corpus
+from small_trials import corpus_trial, everything, metrics, new_attempt, summary_of, write_corpus
 
 from models import run_dir
 from models.config import GateConfig, Layout
@@ -98,9 +98,9 @@ def test_resumed_is_undisturbed_bit_for_bit(world, corpus, tmp_path, kind):
     assert [step for step, _ in run_dir.complete_checkpoints(killed.attempt_dir)] == [3]
     assert run_dir.read_summary(killed.attempt_dir) is None
     again = resumed(tmp_path / "killed", trial, world, 3, checkpoint_every_steps=last)
-    expected = metrics(whole)
-    assert metrics(killed) == [record for record in expected if record["step"] <= 4]
-    assert metrics(again) == [record for record in expected if record["step"] > 3]
+    expected = everything(whole)
+    assert everything(killed) == [record for record in expected if record["step"] <= 4]
+    assert everything(again) == [record for record in expected if record["step"] > 3]
     assert_same_tensors(*(run_dir.checkpoint_path(spec.attempt_dir, last) for spec in (whole, again)))
 
 
@@ -114,7 +114,7 @@ def test_any_step_can_be_resumed(world, corpus, tmp_path, step):
     train(whole, world)
     train(new_attempt(tmp_path / "stopped", trial), world, stop_after(step))
     again = resumed(tmp_path / "stopped", trial, world, step)
-    assert metrics(again) == [record for record in metrics(whole) if record["step"] > step]
+    assert everything(again) == [record for record in everything(whole) if record["step"] > step]
     assert summary_of(again).resume_step == step
 
 
@@ -155,8 +155,8 @@ def test_a_cold_process_killed_and_a_warm_one_that_goes_on_are_an_undisturbed_ru
     second = resumed(tmp_path / "killed", trial, world, 4)
     undisturbed = new_attempt(tmp_path / "whole", trial)
     train(undisturbed, world)
-    joined = [record for record in metrics(first) if record["step"] <= 4] + metrics(second)
-    assert joined == metrics(undisturbed)
+    joined = [record for record in everything(first) if record["step"] <= 4] + everything(second)
+    assert joined == everything(undisturbed)
 
 
 # -- folders --------------------------------------------------------------------------------------------------

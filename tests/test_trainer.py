@@ -6,7 +6,9 @@ from itertools import pairwise
 import pytest
 import ranks
 from small_trials import (
+    assert_same_diagnostics,
     corpus_trial,
+    diagnostics,
     metrics,
     new_attempt,
     small_trial,
@@ -199,7 +201,10 @@ def test_every_step_and_every_validation_is_recorded(world, corpus, tmp_path):
     summary = train(spec, world)
     records, _ = run_dir.read_records(spec.attempt_dir)
     order = [(record.kind, record.step) for record in records]
-    assert order == [("step", 1), ("step", 2), ("validation", 2), ("step", 3), ("step", 4), ("validation", 4)]
+    assert order == [
+        ("step", 1), ("diagnostics", 1), ("step", 2), ("validation", 2), ("diagnostics", 2),
+        ("step", 3), ("diagnostics", 3), ("step", 4), ("validation", 4), ("diagnostics", 4),
+    ]  # fmt: skip
     for record in records:
         assert record.tokens == 256 * record.step
         assert record.fraction == record.step / 4
@@ -390,16 +395,21 @@ def gangs(corpus, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def single(world, corpus, tmp_path_factory):
-    """The metrics of every gate on one rank."""
+def alone(world, corpus, tmp_path_factory):
+    """The attempts of every gate on one rank."""
     from models.trainer import train
 
-    home, found = tmp_path_factory.mktemp("single"), {}
-    for kind in GATES:
-        spec = new_attempt(home, trial_of(corpus, kind))
+    home = tmp_path_factory.mktemp("single")
+    specs = {kind: new_attempt(home, trial_of(corpus, kind)) for kind in GATES}
+    for spec in specs.values():
         train(spec, world)
-        found[kind] = metrics(spec)
-    return found
+    return specs
+
+
+@pytest.fixture(scope="module")
+def single(alone):
+    """The metrics of every gate on one rank."""
+    return {kind: metrics(spec) for kind, spec in alone.items()}
 
 
 @pytest.mark.parametrize("kind", GATES)
@@ -408,6 +418,13 @@ def test_two_ranks_give_the_losses_and_norms_of_one(gangs, single, corpus, layou
     spec = new_attempt(gangs / layout, trial_of(corpus, kind), layout=LAYOUTS[layout])
     assert summary_of(spec).outcome == "complete"
     assert_same_curve(metrics(spec), single[kind])
+
+
+@pytest.mark.parametrize("kind", GATES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_two_ranks_see_the_diagnostics_of_one(gangs, alone, corpus, layout, kind):
+    spec = new_attempt(gangs / layout, trial_of(corpus, kind), layout=LAYOUTS[layout])
+    assert_same_diagnostics(diagnostics(spec), diagnostics(alone[kind]))
 
 
 @pytest.mark.parametrize("micro_batch_sequences", [2, 8])

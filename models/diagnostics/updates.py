@@ -21,7 +21,8 @@ from models.run_dir import Layers, finite_or_none
 class UpdateWatch:
     """Around one step: ``before`` when gradients are ready and not yet clipped, ``after`` when weights have moved.
 
-    All ranks take part, and each gets the numbers of all layers. The weights before the step are kept on the host,
+    ``result`` then holds (gradient norms, update-to-weight ratios), by layer. All ranks take part, and each gets the
+    numbers of all layers. The weights before the step are kept on the host,
     so that a GPU's memory need not hold them twice.
     """
 
@@ -35,6 +36,7 @@ class UpdateWatch:
             for parameter in layer.parameters()
         }
         num_layers = get_model_config(chunks[0]).num_layers
+        self.result: tuple[Layers, Layers] = ([], [])
         self._parts = [
             _Part(part, layer_of, num_layers) for part in getattr(optimizer, "chained_optimizers", [optimizer])
         ]
@@ -45,10 +47,9 @@ class UpdateWatch:
             part.before()
 
     @torch.no_grad()
-    def after(self) -> tuple[Layers, Layers]:
-        """(gradient norms before clipping, update-to-weight ratios), by layer."""
+    def after(self) -> None:
         gradient, weight, change = torch.stack([part.after() for part in self._parts]).sum(dim=0).sqrt()
-        return _listed(gradient), _listed(change / weight)
+        self.result = _listed(gradient), _listed(change / weight)
 
 
 class _Part:

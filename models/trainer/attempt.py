@@ -20,6 +20,7 @@ from models.trainer import passes
 from models.trainer.evaluate import Evaluator
 from models.trainer.journal import Journal
 from models.trainer.optimizer import update, wrap
+from models.trainer.probes import Probes
 from models.trainer.schedule import learning_rate
 from models.trainer.world import World
 
@@ -78,6 +79,8 @@ class _Attempt:
             self._train_one_step()
             if self.step in validation_steps:
                 self.journal.write(self.evaluator.measure(self.step, "slice"))
+            if self.step in self.probes.steps:
+                self.journal.write(self.probes.measure(self.step))
             done = self.step == train.num_steps
             if done:
                 break
@@ -111,6 +114,7 @@ class _Attempt:
             num_ranks=world.layout.data,
         )
         self.evaluator = Evaluator(trial, prepared, self.chunks, world, self.micro_batch, self.beat)
+        self.probes = Probes(spec.diagnostics, trial, prepared, self.chunks, self.optimizer, world)
         if spec.resume_checkpoint is not None:
             step = checkpoint.load(Path(spec.resume_checkpoint), self.chunks, self.optimizer)
             if step != spec.resume_step:
@@ -138,7 +142,8 @@ class _Attempt:
         own = torch.stack(losses).mean() if losses else torch.zeros((), device=self.world.device)
         loss = float(self.world.from_last_stage(self.world.mean_over_data_ranks(own)))
         lr = learning_rate(train, self.step)
-        norm = update(self.optimizer, lr, train.clip_gradient_norm) if math.isfinite(loss) else math.nan
+        watch = self.probes.watch(self.step)
+        norm = update(self.optimizer, lr, train.clip_gradient_norm, watch) if math.isfinite(loss) else math.nan
         seconds = time.perf_counter() - started
         self.step_rates.append(train.batch_tokens / seconds)
         finite = math.isfinite(loss) and math.isfinite(norm)

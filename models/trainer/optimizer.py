@@ -14,6 +14,7 @@ from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 
 from models import device as devices
 from models.config import TrialConfig
+from models.diagnostics import UpdateWatch
 
 
 def wrap(trial: TrialConfig, chunks: Sequence[GPTModel], device: str) -> tuple[list[DistributedDataParallel], Any]:
@@ -54,7 +55,7 @@ def wrap(trial: TrialConfig, chunks: Sequence[GPTModel], device: str) -> tuple[l
     return wrapped, optimizer
 
 
-def update(optimizer: Any, lr: float, max_norm: float) -> float:
+def update(optimizer: Any, lr: float, max_norm: float, watch: UpdateWatch | None = None) -> float:
     """Clip by global norm and step. Returns the norm before clipping; a non-finite one leaves the weights alone."""
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -62,8 +63,12 @@ def update(optimizer: Any, lr: float, max_norm: float) -> float:
     norm = float(optimizer.get_grad_norm())
     if not math.isfinite(norm):
         return norm
+    if watch is not None:
+        watch.before()
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     devices.scale_gradients(gradients, norm, max_norm)
     optimizer.step_with_ready_grads()
+    if watch is not None:
+        watch.after()
     return norm

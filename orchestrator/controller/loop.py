@@ -228,6 +228,7 @@ class Controller:
             checkpoint_every_steps=self.sweep.checkpoint.every_steps or -(-trial.config.train.num_steps // 10),
             keep_checkpoints=self.sweep.checkpoint.keep,
             threads_per_rank=max(1, int(self.shape.cpus_per_rank)),
+            diagnostics=self.sweep.diagnostics,
         )
         self.search.ask(trial.fingerprint, curve_until(self.store, trial.fingerprint, resume.step))
         attempt = RunningAttempt(trial, row, spec, gang)

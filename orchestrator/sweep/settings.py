@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, model_validator
 
-from models.config import Count, Frozen, Integer, Layout, Positive
+from models.config import Count, DiagnosticsConfig, Frozen, Integer, Layout, Positive
 from orchestrator.sweep.document import Places
 
 
@@ -171,6 +171,8 @@ class Settings(Frozen):
     retry: RetryConfig = RetryConfig()
     budget: BudgetConfig = BudgetConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    diagnostics: DiagnosticsConfig | None = DiagnosticsConfig()
+    """None: not at all."""
 
 
 class Sweep(Settings):
