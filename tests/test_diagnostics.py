@@ -187,7 +187,7 @@ def test_a_step_is_measured_as_plain_torch_sees_it(world, shape):
 
     trial = small_trial(GATES["sdpa"], SHAPES[shape])
     with device.on("cpu"):
-        model, optimizer = wrap(trial, build(trial), "cpu")
+        (model,), optimizer = wrap(trial, [build(trial)], "cpu")
         model.zero_grad_buffer()
         token_losses(model, *small_batch()).mean().backward()
         layers = [list(layer.parameters()) for layer in model.module.decoder.layers]

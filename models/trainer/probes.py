@@ -5,6 +5,7 @@ The trial's numbers are bit-identical with and without them (tests/test_diagnost
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,24 +25,24 @@ class Probes:
         wanted: DiagnosticsConfig | None,
         trial: TrialConfig,
         prepared: corpus.Prepared,
-        model: torch.nn.Module,
+        chunks: Sequence[torch.nn.Module],
         optimizer: Any,
         world: World,
     ) -> None:
-        self.trial, self.model = trial, model
+        self.trial, self.chunks = trial, chunks
         self.steps = frozenset(wanted.steps(trial.train.num_steps) if wanted is not None else ())
         if wanted is not None and self.steps:
             self.histogram_bins = wanted.histogram_bins
             # The same on every data-parallel rank, so that the numbers do not hang on the layout.
             windows = corpus.validation_batches(prepared, trial.data, "slice", batch_sequences=wanted.sequences)
             self.batch = {name: tensor.to(world.device) for name, tensor in next(iter(windows)).items()}
-            self.update_watch = UpdateWatch(model, optimizer)
+            self.update_watch = UpdateWatch(chunks, optimizer)
 
     def watch(self, step: int) -> UpdateWatch | None:
         return self.update_watch if step in self.steps else None
 
     def measure(self, step: int) -> DiagnosticRecord:
-        seen = probe(self.model, self.batch, self.histogram_bins)
+        seen = probe(self.chunks, self.batch, self.histogram_bins)
         gradient_norm, update_ratio = self.update_watch.result
         moved_finite = None not in gradient_norm and None not in update_ratio
         return DiagnosticRecord(

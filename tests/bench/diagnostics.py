@@ -45,7 +45,7 @@ def stepper(options: argparse.Namespace, gate: GateConfig | None) -> Callable[[b
     train = TrainConfig(tokens=batch_tokens, batch_tokens=batch_tokens, lr=1e-3)
     trial = TrialConfig(model=PRESETS[options.preset], gate=gate, data=data, train=train, seed=1)
     device.seed_everything(trial.seed, "cpu")
-    model, optimizer = wrap(trial, layer_specs.build_model(trial, Layout(), "cpu"), "cpu")
+    (model,), optimizer = wrap(trial, layer_specs.build_chunks(trial, Layout(), "cpu"), "cpu")
     shape = (trial.batch_sequences, data.sequence_length)
     tokens = torch.randint(data.vocab_size, shape)
     batch = {"tokens": tokens, "labels": tokens.roll(-1, 1), "position_ids": torch.arange(shape[1]).expand(shape)}
