@@ -8,6 +8,7 @@ import itertools
 import json
 import lzma
 import random
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -327,7 +328,7 @@ def test_blocks_of_different_seeds_have_different_orders(plan):
 
 
 def test_a_new_arm_leaves_the_order_of_the_others(plan):
-    text = SMALL + "axes: {train.lr: [1e-3, 2e-3, 3e-3]}\n"
+    text = SMALL + "axes: {train.lr: [1e-3, 2e-3, 3e-3]}\nbaseline_seeds: 2\n"
     longer = plan(text, "arms.g2={gate: {position: value}}")
     kept = [trial.fingerprint for trial in longer.trials if trial.arm != "g2"]
     assert kept == [trial.fingerprint for trial in plan(text).trials]
@@ -478,6 +479,26 @@ def test_every_sweep_of_this_repository_is_planned_without_refusals():
         planned = expand(load(path))
         assert planned.trials
         assert planned.refusals == ()
+
+
+def test_the_baselines_extra_seeds_are_dealt_out_over_the_blocks(plan):
+    arms = "arms.g2={gate: {position: value}}", "arms.g3={gate: {position: key}}", "arms.g4={gate: {position: query}}"
+    planned = plan(SMALL + "axes: {train.lr: [1e-3, 2e-3]}\n", *arms)
+    assert len(planned.trials) == 5 * 2 * 2 + 2 * 2
+    blocks = planned.trials[:12], planned.trials[12:]
+    for seed, extra, block in zip((1, 2), (3, 4), blocks, strict=True):
+        assert {trial.seed for trial in block if trial.arm != "none"} == {seed}
+        assert sorted(trial.seed for trial in block if trial.arm == "none") == [seed, seed, extra, extra]
+    assert [trial.position for trial in planned.trials] == list(range(24))
+    fewer = plan(SMALL + "axes: {train.lr: [1e-3, 2e-3]}\nbaseline_seeds: 2\n", *arms)
+    assert {trial.fingerprint for trial in fewer.trials} < {trial.fingerprint for trial in planned.trials}
+
+
+def test_arms_whose_loss_averages_another_number_of_validations_are_refused(plan):
+    many = "arms.g1={data: {validation: {points: 20}}}", "train.tokens=81920", "data.validation.points=40"
+    with pytest.raises(UserError, match=re.escape("measured otherwise than none (validations in the last 0.1 of the")):
+        plan(SMALL, *many)
+    plan(SMALL, *many, "verdict.tail=0.01")
 
 
 def test_the_quick_start_is_24_trials_at_matched_parameters():

@@ -28,6 +28,7 @@ from orchestrator.report import (
 )
 from orchestrator.store import Store
 from orchestrator.sweep import UserError, parse
+from orchestrator.verdict import Design, Looks
 
 ARMS = {"baseline": (2.41, 820_608), "g1-elementwise": (2.395, 821_632), "g1-headwise": (2.404, 819_584)}
 ARMS |= {"g2-elementwise": (2.412, 819_584)}
@@ -282,6 +283,54 @@ def test_the_whole_split_counts_only_when_every_complete_trial_has_it():
     assert note(table_of(mixed), "loss").endswith("some complete trials were not measured on the whole split")
 
 
+def test_the_baselines_extra_seeds_are_part_of_its_cells_only():
+    trials = [*quickstart(), *(trial("baseline", lr, 3, 2.42) for lr in (1e-3, 4e-3)), trial("baseline", 1.0, 3)]
+    table = table_of(trials, extra_baseline_seeds=(3,))
+    assert [len(row.losses_nats) for row in table.rows] == [3, 2, 2, 2]
+    assert [row.num_missing for row in table.rows] == [0] * 4
+    assert note(table, "loss").startswith("loss: mean and SD over 2 to 3 seeds")
+    without = table_of(quickstart(), extra_baseline_seeds=(3,)).rows[0]
+    assert (without.loss_nats, without.num_missing) == (None, 3)
+
+
+def test_the_method_the_pairing_and_the_test_of_variances_are_said():
+    welch = table_of(quickstart(), design=Design("welch"))
+    assert "(Welch, Bonferroni, " in note(welch, "interval")
+    paired = table_of(quickstart(), design=Design(paired=True))
+    assert "(Dunnett, pooled variance, paired by seed, 3 degrees of freedom)" in note(paired, "interval")
+    auto = table_of(quickstart(), design=Design("auto"))
+    assert f"equal variances gave p = {auto.variances_p:.2g}" in note(auto, "interval")
+
+
+def test_looks_are_said_and_one_too_many_marks_every_row():
+    assert note(table_of(quickstart()), "look") is None
+    first = table_of(quickstart(), design=Design(looks=Looks(2)))
+    assert note(first, "look") == (
+        "look 1 of 2: O'Brien and Fleming's spending, 0.0056 of alpha 0.05 up to here; the intervals are this look's"
+    )
+    assert first.critical_value > table_of(quickstart()).critical_value
+    late = table_of(quickstart(), design=Design(looks=Looks(1, ((2, 2),))), exploratory=("verdicts were read 2 times",))
+    assert note(late, "look") == "look 2, 1 declared: this one's intervals count no looks"
+    assert note(late, "* exploratory").endswith("verdicts were read 2 times")
+
+
+def test_the_tail_of_the_schedule_is_said_when_it_holds_more_than_one_validation():
+    averaged = [replace(one, num_tail_points=4) for one in quickstart()]
+    assert note(table_of(averaged), "loss") == (
+        "loss: mean and SD over 2 seeds, 4 validations in the last 10 % of the schedule a trial, "
+        "on the validation slice"
+    )
+
+
+def test_perplexity_stands_beside_nats_and_bits():
+    answer = tabulate(heading(), quickstart())
+    for row, line in zip(answer.tables[0].rows, csv.DictReader(io.StringIO(to_csv(answer))), strict=True):
+        assert row.perplexity == math.exp(row.loss_nats) == float(line["perplexity"])
+        assert f"{row.perplexity:.5g}" in to_text(answer, 120)
+        assert f"{row.perplexity:.5g}" in to_text(answer, 60)
+        assert f"| {row.perplexity:.5g} |" in to_markdown(answer)
+
+
 # Axes
 
 
@@ -330,7 +379,7 @@ def test_the_quick_starts_table_fits_120_columns_and_shows_every_number():
         "arm",
         "LR",
         "nats",
-        "byte",
+        "perplexity",
         "[interval]",
         "params",
         "/s",
@@ -431,7 +480,7 @@ def test_markdown_is_one_table_whose_cells_cannot_break_out():
     text = to_markdown(tabulate(heading(arms=tuple(dict.fromkeys(t.arm for t in trials))), trials))
     lines = [line for line in text.splitlines() if line.startswith("|")]
     assert len(lines) == 6
-    assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {12}
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {13}
     assert r"a\|b\_\*" in text
 
 
@@ -529,6 +578,42 @@ def test_a_stored_sweep_becomes_the_same_table_on_every_back_end(plan, store_url
     assert gated.num_parameters == next(t.num_parameters for t in plan.trials if t.arm == "gated")
     assert note(table, "reused") is None
     json.loads(to_json(answer))
+
+
+def test_more_seeds_than_looks_mark_the_stored_sweep_and_changed_settings_are_shown(plan, tmp_path):
+    with Store(f"sqlite:///{tmp_path / 'store.db'}") as store:
+        lease = store.acquire_lease(store.add(plan).sweep_id, "host:1", 60)
+        fill(store, plan, lease)
+        longer = expand(parse(SWEEP, "small.yaml", ["seeds=[1, 2, 3]", "verdict.margin=0.2", "verdict.looks=2"]))
+        store.add(longer)
+        fill(store, Plan(longer.sweep, tuple(t for t in longer.trials if t.seed == 3), ()), lease)
+        answer = results(store, "small")
+        (table,) = answer.tables
+        assert (answer.margin_nats, answer.design.looks) == (0.01, Looks(1, ((2, 2),)))
+        assert note(table, "* exploratory").endswith("verdicts were read 2 times, 1 declared (verdict.looks)")
+        assert all(row.exploratory for row in table.rows)
+        assert "margin 0.01 holds, not 0.2; looks 1 holds, not 2." in note(table, "verdict settings")
+        store.add(expand(parse(SWEEP, "small.yaml", ["seeds=[4, 5]"])))
+        assert [row.losses_nats for row in results(store, "small").tables[0].rows] == [(), ()]
+        assert results(store, "small").design.looks.number == 3
+        store.add(expand(parse(SWEEP, "small.yaml", ["seeds=[1, 2]"])))
+        again = results(store, "small")
+        assert again.design.looks.number == 1
+        assert "read 2 times, 1 declared" in note(again.tables[0], "* exploratory")
+
+
+def test_declared_looks_are_counted_and_leave_no_mark(plan, tmp_path):
+    text = SWEEP.replace("{margin: 0.01}", "{margin: 0.01, looks: 2}")
+    with Store(f"sqlite:///{tmp_path / 'store.db'}") as store:
+        first, second = (expand(parse(text, "small.yaml", [f"seeds={seeds}"])) for seeds in ([1, 2], [1, 2, 3]))
+        lease = store.acquire_lease(store.add(first).sweep_id, "host:1", 60)
+        fill(store, first, lease)
+        assert note(results(store, "small").tables[0], "look").startswith("look 1 of 2")
+        store.add(second)
+        fill(store, Plan(second.sweep, tuple(t for t in second.trials if t.seed == 3), ()), lease)
+        (table,) = results(store, "small").tables
+        assert note(table, "look").startswith("look 2 of 2: O'Brien and Fleming's spending, 0.05 of alpha 0.05")
+        assert not any(row.exploratory for row in table.rows)
 
 
 def test_a_trial_that_another_sweep_trained_is_marked_reused(plan, tmp_path):

@@ -4,12 +4,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from store_runs import STEPS, Run, a_plan, postgres_server, run, steps, store, store_url  # noqa: F401
+from store_runs import STEPS, Run, a_plan, postgres_server, run, steps, store, store_url, validation  # noqa: F401
 
 from models.config import Layout
 from models.run_dir import Summary
@@ -32,7 +34,8 @@ def test_a_plan_is_kept_as_it_was_submitted(store: Store) -> None:
     sweep = store.sweep("quick")
     assert (added.num_new, added.num_known, added.sweep_id) == (4, 0, sweep.id)
     assert (sweep.question, sweep.baseline, sweep.arms) == ("Is it better?", "baseline", ("baseline", "gated"))
-    assert (sweep.verdict, sweep.overrides) == ({"margin": 0.01, "alpha": 0.05}, ("train.tokens=1e4",))
+    assert sweep.verdict == {**plan.sweep.verdict.model_dump(mode="json"), "baseline": "baseline"}
+    assert (sweep.verdict["margin"], sweep.overrides) == (0.01, ("train.tokens=1e4",))
     assert sweep.settings == plan.sweep.model_dump(mode="json")
     assert abs(sweep.created_at - datetime.now(UTC)) < timedelta(minutes=5)
     kept = store.trials(sweep.id)
@@ -70,6 +73,46 @@ def test_changed_verdict_settings_leave_an_event(run: Run) -> None:
     assert event.kind == "verdict settings changed"
     assert "0.01" in event.message
     assert "0.5" in event.message
+
+
+def test_verdict_settings_are_those_of_the_first_submission(run: Run) -> None:
+    run.store.add(a_plan(verdict=VerdictConfig(margin=0.5, looks=9)))
+    sweep = run.store.sweep("quick")
+    assert (sweep.verdict["margin"], sweep.verdict["looks"]) == (0.01, 1)
+    assert sweep.settings["verdict"]["margin"] == 0.5
+
+
+def test_a_change_of_seeds_is_a_look_once_a_verdict_could_be_read(run: Run) -> None:
+    def submit(*seeds: int) -> list[dict[str, list[int]]]:
+        sweep = run.plan.sweep.model_copy(update={"seeds": seeds})
+        run.store.add(dataclasses.replace(run.plan, sweep=sweep))
+        return run.store.sweep("quick").verdict.get("looks_taken", [])
+
+    assert submit(1, 2) == []
+    assert submit(1) == []  # nothing was complete
+    run.complete(run.fingerprint, 2.5)
+    assert submit(1, 2) == []  # the baseline alone is no verdict
+    assert submit(1) == []
+    run.complete(next(one.fingerprint for one in run.plan.trials if one.arm == "gated"), 2.4)
+    look = {"seeds": [1], "extra_baseline_seeds": []}
+    assert submit(1, 2) == [look]
+    assert submit(1, 2) == [look]
+    assert submit(1) == [look]  # 1, 2 were never all there
+    assert submit(1, 2) == [look]
+
+
+def test_the_tail_is_the_mean_of_the_last_validations_of_complete_trials(run: Run) -> None:
+    attempt = run.start()
+    measured = [validation(10, 3.0), validation(19, 2.4), validation(20, 2.2), validation(20, 2.3, "full")]
+    run.store.record(run.lease, attempt, measured)
+    assert run.store.tails(run.sweep_id, 0.1) == []
+    run.end(attempt, "COMPLETE")
+    rows = {row.split: row for row in run.store.tails(run.sweep_id, 0.1)}
+    assert (rows["slice"].num_points, rows["slice"].loss_nats) == (2, pytest.approx(2.3))
+    assert rows["slice"].bits_per_byte == pytest.approx(2.3 / math.log(2))
+    assert (rows["full"].num_points, rows["full"].loss_nats) == (1, 2.3)
+    assert {row.num_points for row in run.store.tails(run.sweep_id, 0.05)} == {1}
+    assert max(row.num_points for row in run.store.tails(run.sweep_id, 1.0)) == 3
 
 
 def test_a_sweep_of_unknown_name_gets_the_nearest_one(run: Run) -> None:

@@ -160,7 +160,7 @@ UNKNOWN = [
     ("train.lr: [1e-3", "train: [1e-3", "train is a section; allowed: one of its fields: train.tokens,"),
     ("preset: cpu-tiny", "preset: cpu-tiny, lr: 1", "x.yaml:4:29: base.model.lr: unknown key 'lr';"),
     ("preset: cpu-tiny", "preset: cpu-tiny, lr: 1", "(did you mean 'train.lr'?)"),
-    ("seeds: [1, 2]", "seeds: [1, 2]\nverdict: {looks: 1}", "x.yaml:15:11: verdict.looks: unknown key 'looks'; allowed: margin, alpha"),
+    ("seeds: [1, 2]", "seeds: [1, 2]\nverdict: {look: 1}", "x.yaml:15:11: verdict.look: unknown key 'look'; allowed: margin, alpha, method, paired, tail, looks"),
     ("seeds: [1, 2]", "seeds: [1, 2]\nseed: 3", "x.yaml:15:1: seed: "),
     ("seeds: [1, 2]", "seeds: [1, 2]\ntrain: {}", "(did you mean 'base.train'?)"),
     ("seeds: [1, 2]", "seeds: [1, 2]\nexcludes: []", "(did you mean 'exclude'?)"),
@@ -370,3 +370,45 @@ def test_the_files_of_this_repository_are_read():
     assert paths
     for path in paths:
         assert load(path).name == path.stem
+
+
+def with_arms(number, more=""):
+    arms = "".join(f"  g{i}: {{gate: {{position: sdpa, scale: {i}}}}}\n" for i in range(2, number + 1))
+    return edited("axes:\n", arms + "axes:\n") + more
+
+
+@pytest.mark.parametrize(
+    ("text", "extra"),
+    [
+        (with_arms(1), ()),  # sqrt(1) x 2
+        (with_arms(4), (3, 4)),  # sqrt(4) x 2
+        (with_arms(9), (3, 4, 5, 6)),
+        (with_arms(4).replace("[1, 2]", "[2, 7, 1]"), (3, 4, 5)),
+        (with_arms(4).replace("[1, 2]", "[1]"), ()),  # makes no verdict
+        (with_arms(4, "verdict: {paired: true}\n"), ()),
+        (with_arms(4, "baseline_seeds: 2\n"), ()),
+        (with_arms(1, "baseline_seeds: 5\n"), (3, 4, 5)),
+    ],
+)
+def test_the_baseline_gets_more_seeds_by_the_root_of_the_arms(text, extra):
+    assert parse(text, "x.yaml").extra_baseline_seeds == extra
+
+
+def test_with_more_seeds_the_baselines_only_ever_grow():
+    text, before = with_arms(5), set()
+    for count in range(2, 9):
+        sweep = parse(text, "x.yaml", [f"seeds={[3 * i for i in range(1, count + 1)]}"])
+        now = {*sweep.seeds, *sweep.extra_baseline_seeds}
+        assert before <= now
+        before = now
+
+
+def test_baseline_seeds_and_verdict_methods_that_contradict_are_refused():
+    refused(
+        GOOD + "baseline_seeds: 1\n", said="x.yaml:15:17: baseline_seeds: got 1; allowed: at least the 2 of every arm"
+    )
+    paired = GOOD + "verdict: {paired: true}\n"
+    refused(paired, "baseline_seeds=3", said="got 3; allowed with verdict.paired: 2, as a pair has two")
+    refused(paired, "verdict.method=auto", said="method auto tests the arms' own variances")
+    refused(GOOD + "verdict: {looks: 0}\n", said="verdict.looks: got 0")
+    refused(GOOD + "verdict: {tail: 0}\n", said="verdict.tail: got 0")

@@ -85,7 +85,8 @@ class _Cell:
 
 def expand(sweep: Sweep) -> Plan:
     """All trials of a sweep; UserError when a cell makes no config or two cells are the same trial."""
-    num_trials = number_of_cells(sweep) * len(sweep.seeds)
+    num_cells = number_of_cells(sweep)
+    num_trials = num_cells * len(sweep.seeds) + num_cells // len(sweep.arms) * len(sweep.extra_baseline_seeds)
     if num_trials > MAX_TRIALS:
         raise UserError(f"{sweep.places.file}: {num_trials:,} trials; allowed: at most {MAX_TRIALS:,}")
     cells = _cells(sweep)
@@ -185,10 +186,18 @@ def _refuse_other_measures(sweep: Sweep, cells: list[_Cell]) -> None:
         ours, theirs = (one.config.data.model_dump(include=set(_MEASURE)) for one in (cell, baseline))
         ours, theirs = ours | ours.pop("validation"), theirs | theirs.pop("validation")
         differing = [name for name in ours if name != "points" and ours[name] != theirs[name]]
+        if _tail_points(sweep, cell) != _tail_points(sweep, baseline):
+            differing.append(f"validations in the last {sweep.verdict.tail:g} of the schedule")
         if differing:
             said = f"{cell.name} is measured otherwise than {baseline.name} ({', '.join(differing)}), so their losses"
             problems.add(("arms", cell.arm), f"{said} can't be compared; make it an axis: a table a value", on_key=True)
     problems.raise_if_any()
+
+
+def _tail_points(sweep: Sweep, cell: _Cell) -> int:
+    """Validations whose mean is the trial's loss."""
+    config = cell.config
+    return sum(step / config.train.num_steps > 1.0 - sweep.verdict.tail for step in config.validation_steps())
 
 
 _MEASURE = ("corpus_sha256", "tokenizer_sha256", "validation_every", "validation")
@@ -201,11 +210,15 @@ def _key(axes: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
 def _in_order(sweep: Sweep, cells: list[_Cell]) -> tuple[PlannedTrial, ...]:
     """Blocks that hold every cell of one seed; within a block an order drawn from ``order_seed``.
 
-    Drawn by hash and not by a generator: a cell that is added or dropped leaves the order of the others as it is.
+    The baseline's extra seeds are dealt out over the blocks: a block of their own would give the baseline alone the
+    hosts and the hours of the sweep's end. Drawn by hash and not by a generator: a cell that is added or dropped
+    leaves the order of the others as it is.
     """
     trials: list[PlannedTrial] = []
-    for seed in sweep.seeds:
+    for number, seed in enumerate(sweep.seeds):
         block = [_trial(sweep, cell, seed) for cell in cells]
+        for extra in sweep.extra_baseline_seeds[number :: len(sweep.seeds)]:
+            block += [_trial(sweep, cell, extra) for cell in cells if cell.arm == sweep.baseline]
         block.sort(key=lambda trial: hashlib.sha256(f"{sweep.order_seed}:{trial.fingerprint}".encode()).digest())
         trials += block
     return tuple(replace(trial, position=position) for position, trial in enumerate(trials))

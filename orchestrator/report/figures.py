@@ -22,6 +22,10 @@ def loss_text(value: float | None) -> str:
     return NOTHING if value is None else f"{value:.4f}"
 
 
+def perplexity_text(value: float | None) -> str:
+    return NOTHING if value is None else f"{value:.5g}"
+
+
 def spread_text(sd: float | None) -> str:
     return "" if sd is None else f"±{sd:.4f}"
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from orchestrator.report.figures import lr_text, plural, states_text
 from orchestrator.report.tree import STATES, UNFINISHED, ArmRow, Split, SweepHeading, TrialResult
-from orchestrator.verdict import Comparison
+from orchestrator.verdict import Comparison, spent
 
 EXPLORATORY_MARK = "*"
 
@@ -18,19 +18,22 @@ def footnotes(
     rows: Sequence[ArmRow],
     trials: Sequence[TrialResult],
     comparison: Comparison,
+    exploratory: Sequence[str],
 ) -> tuple[str, ...]:
-    """In the order of their weight. ``trials`` are those of the table."""
+    """In the order of their weight. ``trials`` are those of the table, ``exploratory`` the reasons for the mark."""
     notes = [
         _interval(heading, comparison),
+        _look(heading, comparison),
+        _changes(heading),
         _noise_floor(rows, comparison),
-        _exploratory(rows),
+        _exploratory(rows, exploratory),
         *_edges(rows),
         _diverged(trials),
         _pruned(rows),
         _incomplete(rows, trials),
         _unfinished(trials),
         _reused(trials),
-        _measure(split, rows, trials),
+        _measure(heading, split, rows, trials),
     ]
     return tuple(note for note in notes if note)
 
@@ -41,12 +44,46 @@ def _interval(heading: SweepHeading, comparison: Comparison) -> str:
         if heading.margin_nats is None
         else f"margin {heading.margin_nats:g} nats"
     )
-    if comparison.noise_floor is None or comparison.critical_value is None:
+    if comparison.critical_value is None:
         return f"interval: none, as it takes two seeds of an arm and of the baseline that differ; {margin}"
     return (
         f"interval: {100 * (1 - heading.alpha):g} % for all {plural(comparison.num_compared, 'difference')} to "
-        f"{heading.baseline} at once (Dunnett, pooled variance, {comparison.noise_floor.degrees_of_freedom} degrees of "
-        f"freedom); {margin}"
+        f"{heading.baseline} at once ({_method(heading, comparison)}); {margin}"
+    )
+
+
+def _method(heading: SweepHeading, comparison: Comparison) -> str:
+    degrees = comparison.degrees_of_freedom or 0.0
+    paired = ", paired by seed" if heading.design.paired else ""
+    if comparison.method == "dunnett":
+        words = f"Dunnett, pooled variance{paired}, {degrees:.0f} degrees of freedom"
+    else:
+        words = f"Welch{paired}, Bonferroni, {degrees:.3g} degrees of freedom at least"
+    if comparison.variances_p is not None:
+        words += f", as Bartlett's test of equal variances gave p = {comparison.variances_p:.2g}"
+    return words
+
+
+def _look(heading: SweepHeading, comparison: Comparison) -> str:
+    """Nothing for the only look of a sweep that declares one."""
+    looks = heading.design.looks
+    if comparison.critical_value is None or (looks.declared == 1 and looks.number == 1):
+        return ""
+    if looks.too_many:
+        return f"look {looks.number}, {looks.declared} declared: this one's intervals count no looks"
+    so_far = spent(heading.alpha, looks.number, looks.declared)
+    return (
+        f"look {looks.number} of {looks.declared}: O'Brien and Fleming's spending, {so_far:.2g} of alpha "
+        f"{heading.alpha:g} up to here; the intervals are this look's"
+    )
+
+
+def _changes(heading: SweepHeading) -> str:
+    if not heading.changes:
+        return ""
+    return (
+        f"verdict settings are those of the first submission, and were declared otherwise later: "
+        f"{'; '.join(heading.changes)}. A sweep of another name shares the trials and starts anew"
     )
 
 
@@ -59,13 +96,10 @@ def _noise_floor(rows: Sequence[ArmRow], comparison: Comparison) -> str:
     return f"{pooled}; differences in SDs: {multiples}" if multiples else pooled
 
 
-def _exploratory(rows: Sequence[ArmRow]) -> str:
+def _exploratory(rows: Sequence[ArmRow], reasons: Sequence[str]) -> str:
     if not any(row.exploratory for row in rows):
         return ""
-    return (
-        f"{EXPLORATORY_MARK} exploratory: the best learning rates were chosen on the seeds that the verdict uses, so "
-        "losses look lower than they are (winner's bias) and the intervals are not exact; confirm with fresh seeds"
-    )
+    return f"{EXPLORATORY_MARK} exploratory: {'; '.join(reasons)}"
 
 
 def _edges(rows: Sequence[ArmRow]) -> Iterable[str]:
@@ -121,7 +155,7 @@ def _reused(trials: Sequence[TrialResult]) -> str:
     return f"reused trials: {named}" if named else ""
 
 
-def _measure(split: Split, rows: Sequence[ArmRow], trials: Sequence[TrialResult]) -> str:
+def _measure(heading: SweepHeading, split: Split, rows: Sequence[ArmRow], trials: Sequence[TrialResult]) -> str:
     numbers = [len(row.losses_nats) for row in rows if row.losses_nats]
     if not numbers:
         return ""
@@ -129,4 +163,9 @@ def _measure(split: Split, rows: Sequence[ArmRow], trials: Sequence[TrialResult]
     where = "whole validation split" if split == "full" else "validation slice"
     partly = split == "slice" and any(trial.full_loss_nats is not None for trial in trials)
     reason = ", as some complete trials were not measured on the whole split" if partly else ""
-    return f"loss: mean and SD over {seeds}, on the {where}{reason}"
+    points = max(trial.num_tail_points for trial in trials)
+    averaged = (
+        f", {points} validations in the last {100 * heading.tail:g} % of the schedule a trial" if points > 1 else ""
+    )
+    tail = averaged if split == "slice" else ""
+    return f"loss: mean and SD over {seeds}{tail}, on the {where}{reason}"

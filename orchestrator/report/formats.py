@@ -21,14 +21,16 @@ from orchestrator.report.figures import (
     interval_text,
     loss_text,
     lr_text,
+    perplexity_text,
     spread_text,
     states_text,
 )
 from orchestrator.report.terminal import diverged_text, verdict_text
 from orchestrator.report.tree import STATES, ArmRow, Results, VerdictTable
 
-MEANS_VERSION = "means-1"
-"""Mean, SD (n - 1) and median over trials; ranks by mean loss. Raised whenever a change alters one."""
+MEANS_VERSION = "means-2"
+"""A trial's mean over the tail of its schedule; mean, SD (n - 1) and median over trials; ranks by mean loss. Raised
+whenever a change alters one."""
 
 _FORMULAS = {
     "rank": (MEANS_VERSION, "table"),
@@ -41,6 +43,7 @@ _FORMULAS = {
     "loss_nats": (MEANS_VERSION, "trials_best"),
     "loss_sd_nats": (MEANS_VERSION, "trials_best"),
     "bits_per_byte": (MEANS_VERSION, "trials_best"),
+    "perplexity": (MEANS_VERSION, "trials_best"),
     "tokens_per_second": (MEANS_VERSION, "trials_complete"),
     "delta_nats": (verdict.FORMULA_VERSION, "baseline"),
     "low_nats": (verdict.FORMULA_VERSION, "compared"),
@@ -63,6 +66,8 @@ def to_json(results: Results) -> str:
         "baseline": results.baseline,
         "alpha": results.alpha,
         "margin_nats": results.margin_nats,
+        "design": asdict(results.design),
+        "tail": results.tail,
         "validation_split": results.split,
         "counts": dict(results.counts),
         "tables": [_json_table(table) for table in results.tables],
@@ -82,6 +87,8 @@ def _json_table(table: VerdictTable) -> dict[str, Any]:
         },
         "critical_value": _derived(table.critical_value, verdict.FORMULA_VERSION, table.trials_compared),
         "num_compared": table.num_compared,
+        "method": table.method,
+        "variances_p": _derived(table.variances_p, verdict.FORMULA_VERSION, table.trials_compared),
         "footnotes": list(table.footnotes),
     }
 
@@ -134,8 +141,8 @@ def _csv_field(value: object) -> object:
 
 
 _HEADINGS = (
-    "#", "arm", "best LR", "loss (nats)", "bits/byte", "difference [interval]", "parameters", "tokens/s", "trials",
-    "diverges at LR", "verdict",
+    "#", "arm", "best LR", "loss (nats)", "bits/byte", "perplexity", "difference [interval]", "parameters", "tokens/s",
+    "trials", "diverges at LR", "verdict",
 )  # fmt: skip
 
 
@@ -146,7 +153,7 @@ def to_markdown(results: Results) -> str:
         if table.axes:
             lines += [_markdown(axes_text(dict(table.axes))), ""]
         lines.append(_markdown_line(_HEADINGS))
-        lines.append("|---|---|" + "---:|" * 6 + "---|---|---|")
+        lines.append("|---|---|" + "---:|" * 7 + "---|---|---|")
         lines += [_markdown_line(_markdown_cells(row)) for row in table.rows]
         lines += ["", *(f"- {_markdown(note)}" for note in table.footnotes), ""]
     return "\n".join(lines)
@@ -159,6 +166,7 @@ def _markdown_cells(row: ArmRow) -> tuple[str, ...]:
         lr_text(row.best_lr),
         f"{loss_text(row.loss_nats)} {spread_text(row.loss_sd_nats)}".rstrip(),
         loss_text(row.bits_per_byte),
+        perplexity_text(row.perplexity),
         f"{delta_text(row.delta_nats)} {interval_text(row.low_nats, row.high_nats)}".rstrip(),
         count_text(row.num_parameters),
         count_text(row.tokens_per_second),

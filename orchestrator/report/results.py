@@ -12,31 +12,76 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.report.tables import tabulate
 from orchestrator.report.tree import Results, SweepHeading, TrialResult
+from orchestrator.store import SEED_KEYS
+from orchestrator.sweep import VerdictConfig
+from orchestrator.verdict import Design, Looks
 
 if TYPE_CHECKING:
-    from orchestrator.store import Store, SweepRow, TrialRow
+    from orchestrator.store import Store, SweepRow, TailRow, TrialRow
 
 
 def results(store: Store, sweep_name: str) -> Results:
     """The verdict tables of a stored sweep, as its trials stand now. UserError when there is no such sweep."""
     sweep = store.sweep(sweep_name)
-    return tabulate(_heading(sweep), _trial_results(store, sweep))
+    heading = _heading(sweep)
+    return tabulate(heading, _trial_results(store, sweep, heading.tail))
 
 
 def _heading(sweep: SweepRow) -> SweepHeading:
     axes, derived = _axes(sweep.settings)
     seeds = sweep.settings.get("seeds")
+    rules = VerdictConfig.model_validate(
+        {name: value for name, value in sweep.verdict.items() if name in VerdictConfig.model_fields}
+    )
+    looks, exploratory = _looks(sweep, rules.looks)
     return SweepHeading(
         name=sweep.name,
         question=sweep.question,
         baseline=sweep.baseline,
         arms=sweep.arms,
         seeds=tuple(seeds) if seeds else None,
-        margin_nats=sweep.verdict.get("margin"),
-        alpha=sweep.verdict.get("alpha", 0.05),
+        extra_baseline_seeds=tuple(sweep.settings.get("extra_baseline_seeds") or ()),
+        margin_nats=rules.margin,
+        alpha=rules.alpha,
+        design=Design(rules.method, rules.paired, looks),
+        tail=rules.tail,
+        exploratory=exploratory,
+        changes=_changes(sweep, rules),
         axis_names=axes,
         derived_axes=derived,
     )
+
+
+def _looks(sweep: SweepRow, declared: int) -> tuple[Looks, tuple[str, ...]]:
+    """This look among those that the sweep's submissions made possible, and why that may be too many."""
+    now = {key: list(sweep.settings.get(key) or ()) for key in SEED_KEYS}
+    taken: list[dict[str, list[int]]] = sweep.verdict.get("looks_taken", [])
+    earlier = taken[: taken.index(now)] if now in taken else taken
+    total = len(taken) + (now not in taken)
+    reasons = []
+    if total > declared:
+        reasons.append(f"verdicts were read {total} times, {declared} declared (verdict.looks)")
+    if any(not set(before[key]) <= {*now["seeds"], *now[key]} for before in earlier for key in now):
+        reasons.append("seeds of an earlier look were taken away")
+    sizes = tuple((len(one["seeds"]), len(one["seeds"]) + len(one["extra_baseline_seeds"])) for one in earlier)
+    return Looks(declared, sizes), tuple(reasons)
+
+
+def _changes(sweep: SweepRow, rules: VerdictConfig) -> tuple[str, ...]:
+    later = sweep.settings.get("verdict") or {}
+    changes = [
+        f"{name} {_shown(value)} holds, not {_shown(later[name])}"
+        for name, value in rules.model_dump(mode="json").items()
+        if name in later and later[name] != value
+    ]
+    first = sweep.verdict.get("baseline", sweep.baseline)
+    return (*changes, *([f"the baseline was {first}"] if first != sweep.baseline else []))
+
+
+def _shown(value: object) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "none", True: "true", False: "false"}[value]
+    return f"{value:g}" if isinstance(value, int | float) else str(value)
 
 
 def _axes(settings: Mapping[str, Any]) -> tuple[tuple[str, ...], frozenset[str]]:
@@ -47,21 +92,20 @@ def _axes(settings: Mapping[str, Any]) -> tuple[tuple[str, ...], frozenset[str]]
     return tuple(dict.fromkeys(name for name, _ in given)), derived
 
 
-def _trial_results(store: Store, sweep: SweepRow) -> list[TrialResult]:
-    """The trials, with what the documented view ``results`` says was measured of them."""
+def _trial_results(store: Store, sweep: SweepRow, tail: float) -> list[TrialResult]:
+    """The trials, with what was measured of them: the documented view ``results``, and the tail of the schedule."""
     trials = store.trials(sweep.id)
     measured = {row["fingerprint"]: row for row in store.frame("results", sweep=sweep.name).to_dict("records")}
-    return [_trial_result(trial, measured.get(trial.fingerprint, {}), sweep.name) for trial in trials]
+    tails = {(row.fingerprint, row.split): row for row in store.tails(sweep.id, tail)}
+    return [_trial_result(trial, measured.get(trial.fingerprint, {}), tails, sweep.name) for trial in trials]
 
 
-def _trial_result(trial: TrialRow, measured: Mapping[Any, Any], sweep_name: str) -> TrialResult:
+def _trial_result(
+    trial: TrialRow, measured: Mapping[Any, Any], tails: Mapping[tuple[str, str], TailRow], sweep_name: str
+) -> TrialResult:
     is_complete = trial.state == "COMPLETE"
-
-    def number(column: str) -> float | None:
-        value = measured.get(column)
-        return float(value) if is_complete and value is not None and math.isfinite(value) else None
-
-    trained_in = measured.get("trained_in")
+    on_slice, on_all = (tails.get((trial.fingerprint, split)) if is_complete else None for split in ("slice", "full"))
+    speed, trained_in = measured.get("tokens_per_second"), measured.get("trained_in")
     return TrialResult(
         fingerprint=trial.fingerprint,
         arm=trial.arm,
@@ -74,10 +118,11 @@ def _trial_result(trial: TrialRow, measured: Mapping[Any, Any], sweep_name: str)
         num_parameters=trial.num_parameters,
         training_flops=trial.training_flops,
         num_attempts=trial.num_attempts,
-        slice_loss_nats=number("validation_loss_nats"),
-        slice_bits_per_byte=number("bits_per_byte"),
-        full_loss_nats=number("full_validation_loss_nats"),
-        full_bits_per_byte=number("full_bits_per_byte"),
-        tokens_per_second=number("tokens_per_second"),
+        slice_loss_nats=None if on_slice is None else on_slice.loss_nats,
+        slice_bits_per_byte=None if on_slice is None else on_slice.bits_per_byte,
+        full_loss_nats=None if on_all is None else on_all.loss_nats,
+        full_bits_per_byte=None if on_all is None else on_all.bits_per_byte,
+        num_tail_points=0 if on_slice is None else on_slice.num_points,
+        tokens_per_second=float(speed) if is_complete and speed is not None and math.isfinite(speed) else None,
         trained_in=trained_in if isinstance(trained_in, str) and trained_in != sweep_name else None,
     )

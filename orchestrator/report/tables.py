@@ -8,6 +8,7 @@ those at the arm's own best learning rate.
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -47,6 +48,8 @@ def tabulate(heading: SweepHeading, trials: Sequence[TrialResult]) -> Results:
         baseline=heading.baseline,
         margin_nats=heading.margin_nats,
         alpha=heading.alpha,
+        design=heading.design,
+        tail=heading.tail,
         split=split,
         counts=_counts(trials),
         tables=tuple(_table(heading, split, axes_of[key], groups[key]) for key in ordered),
@@ -114,12 +117,14 @@ def _table(
     trials = sorted(trials, key=lambda trial: (names.index(trial.arm), trial.lr, trial.seed))
     cells = {_cell(heading, trial) for trial in trials}
     arms = [_arm(name, heading, split, [trial for trial in trials if trial.arm == name], cells) for name in names]
-    samples = [Sample(arm.name, arm.losses_nats, "" if arm.losses_nats else _problem(arm)) for arm in arms]
-    comparison = compare(samples, heading.baseline, heading.margin_nats, heading.alpha)
-    exploratory = any(arm.learning_rate.num_finite > 1 for arm in arms)
+    comparison = compare(
+        [_sample(arm) for arm in arms], heading.baseline, heading.margin_nats, heading.alpha, heading.design
+    )
+    chosen = any(arm.learning_rate.num_finite > 1 for arm in arms)
+    reasons = (*((LR_REASON,) if chosen else ()), *heading.exploratory)
     rows = _ranked(
         [
-            (_row(arm, judged, split, arm.name == heading.baseline, exploratory), arm.is_whole)
+            (_row(arm, judged, split, arm.name == heading.baseline, bool(reasons)), arm.is_whole)
             for arm, judged in zip(arms, comparison.verdicts, strict=True)
         ]
     )
@@ -129,17 +134,34 @@ def _table(
         noise_floor=comparison.noise_floor,
         critical_value=comparison.critical_value,
         num_compared=comparison.num_compared,
+        method=comparison.method,
+        variances_p=comparison.variances_p,
         trials_compared=_compared(rows),
-        footnotes=footnotes(heading, split, rows, trials, comparison),
+        footnotes=footnotes(heading, split, rows, trials, comparison, reasons),
     )
+
+
+LR_REASON = (
+    "the best learning rates were chosen on the seeds that the verdict uses, so losses look lower than they are "
+    "(winner's bias) and the intervals are not exact; confirm with fresh seeds"
+)
+
+
+def _sample(arm: _Arm) -> Sample:
+    if not arm.losses_nats:
+        return Sample(arm.name, (), _problem(arm))
+    return Sample(arm.name, arm.losses_nats, seeds=tuple(trial.seed for trial in arm.at_best))
 
 
 def _arm(name: str, heading: SweepHeading, split: Split, trials: list[TrialResult], cells: set[str]) -> _Arm:
     results = [CellResult(name, trial.lr, trial.seed, trial.state, _loss(trial, split)) for trial in trials]
-    learning_rate = best_learning_rate(name, results, heading.seeds)
+    expected = heading.seeds
+    if expected is not None and name == heading.baseline:
+        expected = (*expected, *heading.extra_baseline_seeds)
+    learning_rate = best_learning_rate(name, results, expected)
     best = learning_rate.best
     at_best = [] if best is None else [trial for trial in trials if trial.lr == best.lr]
-    seeds = set(heading.seeds or ()) | {trial.seed for trial in trials}
+    seeds = set(expected or ()) | {trial.seed for trial in trials}
     present = {(_cell(heading, trial), trial.seed) for trial in trials}
     return _Arm(
         name=name,
@@ -184,6 +206,7 @@ def _row(arm: _Arm, judged: Verdict, split: Split, is_baseline: bool, explorator
         loss_nats=judged.mean_nats,
         loss_sd_nats=judged.sd_nats,
         bits_per_byte=_mean_bits(arm, split),
+        perplexity=_perplexity(judged.mean_nats),
         delta_nats=judged.delta_nats,
         low_nats=judged.low_nats,
         high_nats=judged.high_nats,
@@ -210,6 +233,14 @@ def _mean_bits(arm: _Arm, split: Split) -> float | None:
     bits = [trial.full_bits_per_byte if split == "full" else trial.slice_bits_per_byte for trial in arm.at_best]
     known = [value for value in bits if value is not None]
     return fmean(known) if known and len(known) == len(bits) else None
+
+
+def _perplexity(mean_nats: float | None) -> float | None:
+    """None also where the loss is so large that there is no such float."""
+    try:
+        return None if mean_nats is None else math.exp(mean_nats)
+    except OverflowError:
+        return None
 
 
 def _ranked(rows: Sequence[tuple[ArmRow, bool]]) -> tuple[ArmRow, ...]:

@@ -21,6 +21,7 @@ from orchestrator.report.figures import (
     interval_text,
     loss_text,
     lr_text,
+    perplexity_text,
     spread_text,
     states_text,
     wrapped,
@@ -29,7 +30,7 @@ from orchestrator.report.footnotes import EXPLORATORY_MARK
 from orchestrator.report.tree import ArmRow, Results, VerdictTable
 
 _HEADINGS = (
-    "#", "arm", "best\nLR", "loss\nnats", "bits/\nbyte", "difference\n[interval]", "params", "tokens\n/s",
+    "#", "arm", "best\nLR", "loss\nnats", "bits/byte\nperplexity", "difference\n[interval]", "params", "tokens\n/s",
     "trials", "diverges\nat LR", "verdict",
 )  # fmt: skip
 _RIGHT = {0, 2, 3, 4, 5, 6, 7}
@@ -86,7 +87,7 @@ def row_cells(row: ArmRow) -> tuple[str, ...]:
         row.arm,
         lr_text(row.best_lr),
         _lines(loss_text(row.loss_nats), spread_text(row.loss_sd_nats)),
-        loss_text(row.bits_per_byte),
+        _lines(loss_text(row.bits_per_byte), "" if row.perplexity is None else perplexity_text(row.perplexity)),
         _lines(delta_text(row.delta_nats), interval_text(row.low_nats, row.high_nats)),
         count_text(row.num_parameters),
         count_text(row.tokens_per_second),
@@ -159,7 +160,8 @@ def _facts(row: ArmRow) -> Iterator[tuple[str, str]]:
     yield "best LR", lr_text(row.best_lr)
     yield (
         "loss",
-        f"{loss_text(row.loss_nats)} {spread_text(row.loss_sd_nats)} nats, {loss_text(row.bits_per_byte)} bits/byte",
+        f"{loss_text(row.loss_nats)} {spread_text(row.loss_sd_nats)} nats, {loss_text(row.bits_per_byte)} bits/byte, "
+        f"perplexity {perplexity_text(row.perplexity)}",
     )
     if not row.is_baseline:
         yield "difference", f"{delta_text(row.delta_nats)} {interval_text(row.low_nats, row.high_nats)}".rstrip()

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from orchestrator.scaling import Edge
-from orchestrator.verdict import Decision, NoiseFloor
+from orchestrator.verdict import Decision, Design, Method, NoiseFloor
 
 LR_AXIS = "train.lr"
 
@@ -39,11 +39,20 @@ class SweepHeading:
     """In file order, which is the order of a table's heading."""
     derived_axes: frozenset[str] = frozenset()
     """Multiples of another value: they vary with it (perhaps with the arm or the learning rate), and split no table."""
+    extra_baseline_seeds: tuple[int, ...] = ()
+    """More, for the cells of the baseline."""
+    design: Design = field(default_factory=Design)
+    tail: float = 0.1
+    """The last share of the schedule over which a trial's validations are averaged."""
+    exploratory: tuple[str, ...] = ()
+    """Why no verdict of this sweep is confirmatory, beside what its tables show."""
+    changes: tuple[str, ...] = ()
+    """What was declared otherwise after the first submission, whose settings hold."""
 
 
 @dataclass(frozen=True)
 class TrialResult:
-    """One trial as the store knows it. Losses are the final ones, and only complete trials have them."""
+    """One trial as the store knows it. Only complete ones have losses: means over the tail of the schedule."""
 
     fingerprint: str
     arm: str
@@ -62,6 +71,8 @@ class TrialResult:
     """On the whole validation split, when the trial measures it."""
     full_bits_per_byte: float | None = None
     tokens_per_second: float | None = None
+    num_tail_points: int = 1
+    """Validations on the slice that ``slice_loss_nats`` is the mean of."""
     trained_in: str | None = None
     """The sweep whose controller trained it, when that is not the sweep of the table."""
 
@@ -81,6 +92,8 @@ class ArmRow:
     loss_nats: float | None
     loss_sd_nats: float | None
     bits_per_byte: float | None
+    perplexity: float | None
+    """A token's, so it hangs on the tokenizer: exp of the mean loss."""
     delta_nats: float | None
     low_nats: float | None
     high_nats: float | None
@@ -122,6 +135,8 @@ class VerdictTable:
     noise_floor: NoiseFloor | None
     critical_value: float | None
     num_compared: int
+    method: Method
+    variances_p: float | None
     trials_compared: tuple[str, ...]
     """Fingerprints behind the pooled variance and so behind every interval."""
     footnotes: tuple[str, ...]
@@ -136,6 +151,8 @@ class Results:
     baseline: str
     margin_nats: float | None
     alpha: float
+    design: Design
+    tail: float
     split: Split
     counts: Mapping[str, int]
     tables: tuple[VerdictTable, ...]

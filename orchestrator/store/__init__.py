@@ -14,15 +14,18 @@ from orchestrator.store.rows import (
     StepRow,
     StoreError,
     SweepRow,
+    TailRow,
     TrialRow,
     TrialTaken,
     ValidationRow,
 )
 from orchestrator.store.schema import FINISHED, STATES
+from orchestrator.store.submission import SEED_KEYS
 
 __all__ = [
     "FINISHED",
     "HOST_EXCLUDED",
+    "SEED_KEYS",
     "STATES",
     "Added",
     "AttemptRow",
@@ -36,6 +39,7 @@ __all__ = [
     "Store",
     "StoreError",
     "SweepRow",
+    "TailRow",
     "TrialRow",
     "TrialTaken",
     "ValidationRow",

@@ -13,7 +13,7 @@ from orchestrator.store import attempts, query, reader, schema, submission
 from orchestrator.store import lease as leases
 from orchestrator.store.engine import make_engine, parse_url, reading, writing
 from orchestrator.store.migrate import migrate
-from orchestrator.store.rows import Added, AttemptRow, Curve, EventRow, Lease, SweepRow, TrialRow
+from orchestrator.store.rows import Added, AttemptRow, Curve, EventRow, Lease, SweepRow, TailRow, TrialRow
 from orchestrator.sweep import UserError
 
 if TYPE_CHECKING:
@@ -161,6 +161,10 @@ class Store:
         """A trial's history by the reader's rule. ``after`` = (attempt, step) gives only newer steps; validations
         are few, and always all there."""
         return self._read(reader.curve, fingerprint, after)
+
+    def tails(self, sweep_id: int, tail: float) -> list[TailRow]:
+        """Of every complete trial, a row a split: the mean over the last ``tail`` (0 to 1) of the schedule."""
+        return self._read(reader.tails, sweep_id, tail)
 
     def set_mlflow_run(self, sweep_id: int, fingerprint: str | None, run_id: str | None) -> None:
         """The sweep's parent run when ``fingerprint`` is None, else the trial's run in this sweep."""

@@ -9,7 +9,7 @@ from sqlalchemy import Boolean, Connection, RowMapping, func, select, text
 
 from models.config import Layout, TrialConfig
 from orchestrator.store import schema
-from orchestrator.store.rows import AttemptRow, Curve, EventRow, StepRow, SweepRow, TrialRow, ValidationRow
+from orchestrator.store.rows import AttemptRow, Curve, EventRow, StepRow, SweepRow, TailRow, TrialRow, ValidationRow
 from orchestrator.sweep import UserError
 
 
@@ -112,6 +112,24 @@ def curve(connection: Connection, fingerprint: str, after: tuple[int, int] | Non
     return Curve(
         steps=tuple(StepRow(*row) for row in steps), validations=tuple(ValidationRow(*row) for row in validations)
     )
+
+
+_TAILS = """
+SELECT v.fingerprint, v.split, COUNT(*) AS num_points,
+       CASE WHEN COUNT(v.loss_nats) = COUNT(*) THEN AVG(v.loss_nats) END AS loss_nats,
+       CASE WHEN COUNT(v.bits_per_byte) = COUNT(*) THEN AVG(v.bits_per_byte) END AS bits_per_byte
+FROM sweep_trial st
+JOIN trial t ON t.fingerprint = st.fingerprint
+JOIN curve_validation v ON v.fingerprint = st.fingerprint
+WHERE st.sweep_id = :sweep_id AND st.current AND t.state = 'COMPLETE' AND v.fraction > :after
+GROUP BY v.fingerprint, v.split
+"""
+
+
+def tails(connection: Connection, sweep_id: int, tail: float) -> list[TailRow]:
+    """Of every complete trial of the sweep, a row a split: the validations in the last ``tail`` of the schedule."""
+    rows = connection.execute(text(_TAILS), {"sweep_id": sweep_id, "after": 1.0 - tail})
+    return [TailRow(*row) for row in rows]
 
 
 def events(connection: Connection, sweep_id: int | None, after: int) -> list[EventRow]:

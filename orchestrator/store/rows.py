@@ -57,7 +57,11 @@ class Lease:
 
 @dataclass(frozen=True, slots=True)
 class SweepRow:
-    """A sweep. ``arms`` are the current ones in file order; ``settings`` is the whole resolved sweep."""
+    """A sweep. ``arms`` are the current ones in file order; ``settings`` is the resolved sweep as last submitted.
+
+    ``verdict`` is what the first submission declared about verdicts, and ``looks_taken``: the seeds of earlier
+    submissions with which one could be read.
+    """
 
     id: int
     name: str
@@ -150,6 +154,20 @@ class ValidationRow:
     num_tokens: int
     num_bytes: int
     nonfinite: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TailRow:
+    """The validations of a complete trial in the last part of its schedule, on one split: their mean.
+
+    None when one of them was not finite.
+    """
+
+    fingerprint: str
+    split: str
+    num_points: int
+    loss_nats: float | None
+    bits_per_byte: float | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -56,30 +57,71 @@ def add_plan(connection: Connection, plan: Plan) -> Added:
 
 
 def _put_sweep(connection: Connection, sweep: Sweep) -> int:
+    """The column ``verdict`` is written once: what was declared before anything ran holds, whatever comes later."""
     now = datetime.now(UTC)
     settings = sweep.model_dump(mode="json")
     values: dict[str, Any] = {
         "question": sweep.question,
         "baseline": sweep.baseline,
-        "verdict": settings["verdict"],
         "settings": settings,
         "text": sweep.text,
         "overrides": list(sweep.overrides),
     }
-    first = {"name": sweep.name, "created_at": now, "updated_at": now, **values}
+    frozen = {"verdict": {**settings["verdict"], "baseline": sweep.baseline}}
+    first = {"name": sweep.name, "created_at": now, "updated_at": now, **values, **frozen}
     insert_missing(connection, schema.sweep, [first])
     stored = connection.execute(select(schema.sweep).where(schema.sweep.c.name == sweep.name).with_for_update()).one()
     sweep_id: int = stored.id
     before = {key: getattr(stored, key) for key in values}
     if before != values:
-        connection.execute(update(schema.sweep).where(schema.sweep.c.id == sweep_id).values(updated_at=now, **values))
-    if (before["verdict"], before["baseline"]) != (values["verdict"], values["baseline"]):
+        looked = _with_look(connection, sweep_id, before["baseline"], before["settings"], stored.verdict, settings)
+        changed = {"updated_at": now, "verdict": looked, **values}
+        connection.execute(update(schema.sweep).where(schema.sweep.c.id == sweep_id).values(**changed))
+    declared = (before["settings"].get("verdict"), before["baseline"])
+    if declared != (settings["verdict"], sweep.baseline):
         message = (
-            f"verdict settings changed: {before['verdict']}, baseline {before['baseline']} -> "
-            f"{values['verdict']}, baseline {values['baseline']}"
+            f"verdict settings changed: {declared[0]}, baseline {declared[1]} -> "
+            f"{settings['verdict']}, baseline {sweep.baseline}; those of the first submission hold"
         )
         add_event(connection, sweep_id, "verdict settings changed", message)
     return sweep_id
+
+
+SEED_KEYS = ("seeds", "extra_baseline_seeds")
+"""The settings that say which seeds a verdict is made of: a change of theirs is another look."""
+
+
+def _with_look(
+    connection: Connection,
+    sweep_id: int,
+    baseline: str,
+    before: dict[str, Any],
+    verdict: dict[str, Any],
+    settings: dict[str, Any],
+) -> dict[str, Any]:
+    """``verdict`` with the seeds of the last submission added to its ``looks_taken``, if a verdict could be read."""
+    seeds = {key: list(before.get(key) or ()) for key in SEED_KEYS}
+    taken = verdict.get("looks_taken", [])
+    if seeds == {key: list(settings[key]) for key in SEED_KEYS} or seeds in taken:
+        return verdict
+    visible = _arms_with_a_whole_cell(connection, sweep_id, set(seeds["seeds"]))
+    if baseline not in visible or len(visible) < 2:
+        return verdict
+    return {**verdict, "looks_taken": [*taken, seeds]}
+
+
+def _arms_with_a_whole_cell(connection: Connection, sweep_id: int, seeds: set[int]) -> set[str]:
+    """Arms with a cell all of whose ``seeds`` are complete: those that a table shows a loss of."""
+    link, trial = schema.sweep_trial, schema.trial
+    complete = connection.execute(
+        select(link.c.arm, link.c.axes, link.c.seed)
+        .join(trial, trial.c.fingerprint == link.c.fingerprint)
+        .where(link.c.sweep_id == sweep_id, link.c.current, trial.c.state == schema.COMPLETE)
+    )
+    cells: dict[tuple[str, str], set[int]] = {}
+    for arm, axes, seed in complete:
+        cells.setdefault((arm, json.dumps(axes, sort_keys=True)), set()).add(seed)
+    return {arm for (arm, _), present in cells.items() if seeds <= present}
 
 
 def _put_arms(connection: Connection, sweep_id: int, sweep: Sweep) -> None:

@@ -7,6 +7,8 @@ found by ``plan.expand``, which reports it in the same form.
 from __future__ import annotations
 
 import difflib
+import itertools
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +20,7 @@ from orchestrator.sweep.document import DocumentPath, Places, Problems, UserErro
 from orchestrator.sweep.fields import check_section, check_value, config_section, known_field, section_of, unknown_key
 from orchestrator.sweep.grammar import read_axes, read_exclude, read_rows, read_zip, refuse_double_settings
 from orchestrator.sweep.override import apply_override
-from orchestrator.sweep.settings import ArmName, Seed, Settings, Sweep
+from orchestrator.sweep.settings import ArmName, Seed, Settings, Sweep, VerdictConfig
 from orchestrator.sweep.wording import describe, nearest
 
 _REQUIRED = ("name", "question", "base", "baseline", "arms", "seeds")
@@ -57,6 +59,8 @@ def parse(text: str, path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
     problems = Problems(places)
     values = _settings(tree, problems)
     values |= _cells(tree, problems)
+    problems.raise_if_any()
+    values["extra_baseline_seeds"] = _extra_baseline_seeds(values, problems)
     problems.raise_if_any()
     sweep = Sweep(**values, text=text, overrides=tuple(overrides), path=os.path.abspath(path))
     sweep._places = places
@@ -152,6 +156,22 @@ def _seeds(node: object, problems: Problems) -> tuple[int, ...]:
             problems.add(("seeds", index), f"got {seed} twice; allowed: every seed once")
         seeds.append(seed)
     return tuple(seeds)
+
+
+def _extra_baseline_seeds(values: dict[str, Any], problems: Problems) -> tuple[int, ...]:
+    """The smallest whole numbers from 1 that are no seed yet: with more seeds the baseline's only ever grow."""
+    seeds, declared = values["seeds"], values.get("baseline_seeds")
+    paired = values.get("verdict", VerdictConfig()).paired
+    others = len(values["arms"]) - 1
+    # A single seed makes no verdict, and two for the baseline would not change that.
+    by_rule = len(seeds) if paired or len(seeds) == 1 else max(len(seeds), round(math.sqrt(others) * len(seeds)))
+    wanted = declared or by_rule
+    if wanted < len(seeds):
+        problems.add(("baseline_seeds",), f"got {wanted}; allowed: at least the {len(seeds)} of every arm")
+    if paired and wanted > len(seeds):
+        problems.add(("baseline_seeds",), f"got {wanted}; allowed with verdict.paired: {len(seeds)}, as a pair has two")
+    unused = (seed for seed in itertools.count(1) if seed not in seeds)
+    return tuple(itertools.islice(unused, max(0, wanted - len(seeds))))
 
 
 def _nearest_file(path: Path) -> str:

@@ -50,9 +50,26 @@ class MatchConfig(Frozen):
 
 
 class VerdictConfig(Frozen):
+    """How arms are judged: declared before anything runs, and frozen at the first submission."""
+
     margin: Positive | None = None
     """Differences in nats a token below this count as none; None: nothing is called equivalent."""
     alpha: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.05
+    """Chance that any arm is called better or worse without being so, over all arms and all declared looks."""
+    method: Literal["dunnett", "welch", "auto"] = "dunnett"
+    """One variance for all arms, or each pair's own; ``auto`` lets Bartlett's test choose."""
+    paired: bool = False
+    """The same seed in two arms shares its noise, and the share is taken off."""
+    tail: Annotated[float, Field(gt=0.0, le=1.0)] = 0.1
+    """The last share of the schedule whose validations are averaged into a trial's loss."""
+    looks: Annotated[Integer, Field(ge=1, le=20)] = 1
+    """How often verdicts are read, counting every larger set of seeds as one more."""
+
+    @model_validator(mode="after")
+    def _pairs_have_no_arms_variances(self) -> VerdictConfig:
+        if self.paired and self.method == "auto":
+            raise ValueError("method auto tests the arms' own variances, which pairing has none of; name the method")
+        return self
 
 
 class DivergenceConfig(Frozen):
@@ -165,6 +182,9 @@ class Settings(Frozen):
     match: MatchConfig = MatchConfig()
     order_seed: Integer = 0
     """Draws the order of the trials within a block."""
+    baseline_seeds: Count | None = None
+    """Seeds of the baseline; None: sqrt(other arms) times those of an arm, rounded; as many when paired, or when an
+    arm has a single one."""
     verdict: VerdictConfig = VerdictConfig()
     prune: PruneConfig = PruneConfig()
     resources: ResourcesConfig = ResourcesConfig()
@@ -186,6 +206,9 @@ class Sweep(Settings):
     rows: tuple[dict[str, Any], ...] = ()
     exclude: tuple[dict[str, Any], ...] = ()
     seeds: tuple[Seed, ...]
+    """Every cell runs once a seed."""
+    extra_baseline_seeds: tuple[Seed, ...] = ()
+    """More seeds for the cells of the baseline, which every verdict of the sweep leans on."""
     text: str = ""
     """The file as it was read."""
     overrides: tuple[str, ...] = ()
