@@ -491,21 +491,41 @@ def test_cancel_and_rerun_move_what_they_are_told_and_say_how_many(
 
 
 def test_rerun_says_what_it_cannot_do(ran: Gatesweep, folder: Path):
-    assert "say which trials: --failed, --canceled or --trial" in ran("rerun", "tiny").err
+    assert "say which trials: --failed, --canceled, --where KEY=VALUE or --trial" in ran("rerun", "tiny").err
     with store_of(folder) as store:
         finished = store.trials(store.sweep("tiny").id)[0].fingerprint
     said = ran("rerun", "tiny", "--trial", finished)
     assert said.code == 2
     assert re.search(r"is (COMPLETE|DIVERGED); only FAILED and CANCELED trials can be rerun", said.err)
     said = ran("rerun", "tiny", "--trial", "0123456789abcdef")
-    assert "trial 0123456789abcdef of tiny is unknown" in said.err
+    assert "--trial 0123456789abcdef: no trial of this sweep" in said.err
     said = ran("cancel", "tiny", "--trial", finished)
-    assert (said.code, said.err) == (2, f"error: cancel: not WAITING in tiny: {finished}\n")
+    assert (said.code, said.err) == (2, f"error: cancel: neither WAITING nor RUNNING in tiny: {finished}\n")
+
+
+def test_verbs_work_on_a_slice_of_a_sweep(ran: Gatesweep, folder: Path):
+    assert ran("cancel", "tiny", "--where", "arm=g1").out == "0 trial(s) canceled\n"
+    assert "--where width: no such key; allowed: arm, state" in ran("rerun", "tiny", "--where", "width=3").err
+
+
+def test_caps_are_set_for_a_sweep_and_checked(ran: Gatesweep):
+    assert ran("set", "tiny", "max_trials=1").out == "max_trials=1 from now on; heeded when the sweep runs again\n"
+    said = ran("set", "tiny", "max_trial=1")
+    assert said.code == 2
+    assert "did you mean 'max_trials'?" in said.err
+
+
+def test_logs_print_what_a_rank_said(ran: Gatesweep, folder: Path):
+    with store_of(folder) as store:
+        one = store.trials(store.sweep("tiny").id)[0].fingerprint
+    assert ran("logs", one[:10]).out == "begin\nthe last words\n"
+    assert f"no log of rank 3 at {folder}" in ran("logs", one, "--rank", "3").err.replace("\n", "")
+    assert "has attempts [1], not 9" in ran("logs", one, "--attempt", "9").err
 
 
 # -- help, and the environment ----------------------------------------------------------------------------------
 
-VERBS = ("plan", "run", "status", "results", "query", "rerun", "cancel", "ui")
+VERBS = ("plan", "run", "status", "results", "query", "rerun", "cancel", "set", "logs", "ui")
 
 
 @pytest.mark.parametrize("verb", VERBS)

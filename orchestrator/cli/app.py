@@ -13,7 +13,8 @@ import typer
 from rich.console import Console
 
 from orchestrator import report
-from orchestrator.cli.home import Home
+from orchestrator.cli import control
+from orchestrator.cli.home import Home, existing_store, has_store
 from orchestrator.plan import expand
 from orchestrator.store import Store
 from orchestrator.sweep import UserError, load
@@ -29,6 +30,8 @@ app = typer.Typer(
 # Rich takes 80 columns for what is no terminal; a table in a file or a log may be as wide as it is.
 console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else FILE_WIDTH)
 errors = Console(stderr=True)
+
+control.register(app, console)
 
 USER_ERROR_EXIT = 2
 
@@ -73,14 +76,14 @@ def run(
 @app.command()
 def status() -> None:
     """Every sweep: trials by state, what happened last, what failed and why."""
-    with _store() as store:
+    with existing_store() as store:
         console.print(report.status_table(store))
 
 
 @app.command()
 def results(sweep: SweepName, format: Annotated[TableFormat, typer.Option("--format")] = TableFormat.TABLE) -> None:
     """The verdict table of a sweep."""
-    with _store() as store:
+    with existing_store() as store:
         table = report.results(store, sweep)
     if format is TableFormat.TABLE:
         console.print(report.ResultsView(table))
@@ -105,7 +108,7 @@ def query(
     format: Annotated[FrameFormat, typer.Option("--format")] = FrameFormat.TABLE,
 ) -> None:
     """Ask the store in SQL, read-only. Views: results, curves, attempts."""
-    with _store() as store:
+    with existing_store() as store:
         frame = store.query(sql)
     if format is FrameFormat.CSV:
         sys.stdout.write(frame.to_csv(index=False))
@@ -120,48 +123,6 @@ def query(
 
 
 @app.command()
-def rerun(
-    sweep: SweepName,
-    failed: Annotated[bool, typer.Option("--failed", help="Every FAILED trial.")] = False,
-    canceled: Annotated[bool, typer.Option("--canceled", help="Every CANCELED trial.")] = False,
-    trial: Annotated[list[str] | None, typer.Option(help="A trial's fingerprint; may be repeated.")] = None,
-) -> None:
-    """Let FAILED or CANCELED trials wait again, with fresh retry budgets. The next run takes them."""
-    wanted = {state for state, asked in (("FAILED", failed), ("CANCELED", canceled)) if asked}
-    if not wanted and not trial:
-        raise UserError("rerun: say which trials: --failed, --canceled or --trial FINGERPRINT")
-    with _store() as store:
-        row = store.sweep(sweep)
-        known = {one.fingerprint: one.state for one in store.trials(row.id)}
-        for fingerprint in trial or ():
-            if known.get(fingerprint) not in ("FAILED", "CANCELED"):
-                raise UserError(
-                    f"rerun: trial {fingerprint} of {sweep} is {known.get(fingerprint, 'unknown')}; "
-                    "only FAILED and CANCELED trials can be rerun"
-                )
-        chosen = [one for one, state in known.items() if state in wanted or one in (trial or ())]
-        count = store.reopen(row.id, chosen)
-    said = f"{count} trial(s) wait again; gatesweep run with the sweep's file goes on" if count else "nothing to rerun"
-    console.print(said, highlight=False)
-
-
-@app.command()
-def cancel(
-    sweep: SweepName,
-    trial: Annotated[list[str] | None, typer.Option(help="Only this fingerprint; may be repeated.")] = None,
-) -> None:
-    """Cancel the trials of a sweep that still wait. Running ones are stopped with Ctrl-C in their run."""
-    with _store() as store:
-        row = store.sweep(sweep)
-        waiting = [one.fingerprint for one in store.trials(row.id) if one.state == "WAITING"]
-        unknown = set(trial or ()) - set(waiting)
-        if unknown:
-            raise UserError(f"cancel: not WAITING in {sweep}: {', '.join(sorted(unknown))}")
-        count = store.cancel(row.id, trial or waiting)
-    console.print(f"{count} trial(s) canceled", highlight=False)
-
-
-@app.command()
 def ui(
     port: Annotated[int, typer.Option(help="Where the MLflow UI listens, on loopback.")] = 5000,
 ) -> None:
@@ -170,7 +131,7 @@ def ui(
     from orchestrator.cli.run import catch_up
 
     home = Home.of()
-    with _store() as store:
+    with existing_store() as store:
         catch_up(store, home, console)
     if tracking.is_server(home.tracking_uri):
         console.print(f"MLflow runs at {home.tracking_uri}", highlight=False)
@@ -180,26 +141,9 @@ def ui(
     raise typer.Exit(subprocess.call(command, env={**os.environ, **tracking.quiet_environment()}))
 
 
-def _store() -> Store:
-    home = Home.of()
-    if not _has_store(home):
-        raise UserError(f"nothing has run yet: no store at {home.store_url} (GATESWEEP_HOME is {home.directory})")
-    return Store(home.store_url)
-
-
-def _has_store(home: Home) -> bool:
-    """False when a SQLite file is not there yet; opening it would make it."""
-    if not home.store_url.startswith("sqlite:///"):
-        return True
-    try:
-        return Path(home.store_url.removeprefix("sqlite:///")).exists()
-    except OSError as error:
-        raise UserError(f"GATESWEEP_HOME {home.directory} can't be read: {error.strerror}") from error
-
-
 def _known_states(home: Home, sweep: str) -> dict[str, str]:
     """States of the trials that the store knows by this sweep's name; no store is made for looking."""
-    if not _has_store(home):
+    if not has_store(home):
         return {}
     with Store(home.store_url) as store:
         rows = [row for row in store.sweeps() if row.name == sweep]

@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from orchestrator.store import Store
+from orchestrator.sweep import UserError
+
 
 @dataclass(frozen=True)
 class Home:
@@ -38,3 +41,21 @@ class Home:
             artifact_location=str(directory / "mlartifacts") if tracking == local_mlflow else None,
             optuna_url=environment.get("GATESWEEP_OPTUNA") or f"sqlite:///{directory / 'optuna.db'}",
         )
+
+
+def existing_store() -> Store:
+    """The store of this home; UserError when nothing has run yet."""
+    home = Home.of()
+    if not has_store(home):
+        raise UserError(f"nothing has run yet: no store at {home.store_url} (GATESWEEP_HOME is {home.directory})")
+    return Store(home.store_url)
+
+
+def has_store(home: Home) -> bool:
+    """False when a SQLite file is not there yet; opening it would make it."""
+    if not home.store_url.startswith("sqlite:///"):
+        return True
+    try:
+        return Path(home.store_url.removeprefix("sqlite:///")).exists()
+    except OSError as error:
+        raise UserError(f"GATESWEEP_HOME {home.directory} can't be read: {error.strerror}") from error

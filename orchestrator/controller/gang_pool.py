@@ -39,8 +39,12 @@ class GangPool:
     def idle(self) -> list[Gang]:
         return [gang for gang in self.gangs if gang.state is GangState.IDLE]
 
-    def start(self, wanted: int) -> None:
-        """Follow the gangs that are starting, and start more until there are ``wanted``, as far as the cluster goes."""
+    def start(self, wanted: int, allowed: int | None = None) -> None:
+        """Follow the gangs that are starting, and start more until there are ``wanted``, as far as the cluster goes.
+
+        ``allowed``: no more than so many; idle ones beyond that are dismissed.
+        """
+        most = self.capacity if allowed is None else min(allowed, self.capacity)
         for gang in [gang for gang in self.gangs if gang.state is GangState.STARTING]:
             error = gang.poll_start()
             if error is not None:
@@ -50,7 +54,9 @@ class GangPool:
                     raise UserError(f"no gang could be started, {self.failed_starts} in a row; the last: {error}")
             elif gang.state is GangState.IDLE:
                 self.failed_starts = 0
-        while len(self.gangs) < min(wanted, self.capacity):
+        for gang in self.idle()[: max(0, len(self.gangs) - most)]:
+            self.lose(gang, f"gang dismissed: the caps allow {most}")
+        while len(self.gangs) < min(wanted, most):
             num_threads = max(1, int(self.shape.cpus_per_rank))
             self.gangs.append(self.cluster.start_gang(self.shape, num_threads, frozenset(self.excluded)))
 

@@ -14,6 +14,7 @@ from models.run_dir import AttemptSpec, StepRecord
 from orchestrator.controller.disk import DiskWatch
 from orchestrator.controller.gang_pool import GangPool
 from orchestrator.controller.lease_holder import is_dead, own_name
+from orchestrator.controller.orders import Orders
 from orchestrator.controller.provenance import data_hashes, provenance
 from orchestrator.controller.resume import curve_until, recover_records, resume_point
 from orchestrator.controller.running import RunningAttempt, trial_name, up_to
@@ -53,6 +54,7 @@ class Controller:
         self.pool = GangPool(cluster, self.shape, store, sweep_id, view)
         self.running: list[RunningAttempt] = []
         self.search = Search(sweep.name, store.trials(sweep_id), sweep.prune.divergence)
+        self.orders = Orders(store, sweep_id, resources)
         self.disk = DiskWatch(home)
         self.not_before: dict[str, float] = {}
         """When a trial that failed may be tried again, by fingerprint, in this process's monotonic time."""
@@ -67,7 +69,9 @@ class Controller:
     def __enter__(self) -> Self:
         self.lease = self._acquire_lease()
         self.lease_renewed = self.started = time.monotonic()
-        self._tell_left(self.store.take_over(self.lease))
+        left = self.store.take_over(self.lease)
+        self.store.cancel(self.sweep_id, self.orders.left_to_cancel(left))
+        self._tell_left(left)
         self._tell_left(self.store.adopt_orphans(self.lease))
         return self
 
@@ -113,7 +117,7 @@ class Controller:
     def _work(self) -> None:
         """Trials onto gangs, and what runs a bit further."""
         waiting = self._waiting()
-        self.pool.start(len(waiting) + len(self.running))
+        self.pool.start(len(waiting) + len(self.running), self.orders.max_gangs(self.shape))
         for gang, trial in zip(self.pool.idle(), waiting, strict=False):
             self._launch(gang, trial)
         for attempt in list(self.running):
@@ -144,7 +148,7 @@ class Controller:
     def _tell_left(self, fingerprints: list[str]) -> None:
         self._refresh(now=bool(fingerprints))
         for trial in self.trials:
-            if trial.fingerprint in fingerprints:
+            if trial.fingerprint in fingerprints and trial.state == "WAITING":
                 self.view.tell(f"resuming  {trial_name(trial)}: its controller is gone")
 
     def _waiting(self) -> list[TrialRow]:
@@ -166,6 +170,13 @@ class Controller:
         if now or time.monotonic() - self.trials_read > REFRESH_SECONDS:
             self.trials = self.store.trials(self.sweep_id)
             self.trials_read = time.monotonic()
+            self._cancel(self.orders.to_cancel())
+
+    def _cancel(self, fingerprints: set[str]) -> None:
+        for attempt in self.running:
+            if attempt.row.fingerprint in fingerprints and attempt.wish is None:
+                attempt.wish = Wish("canceled", "canceled", "canceled by the user")
+                attempt.gang.stop(attempt.row.token)
 
     def _note(self, trial: TrialRow, state: str) -> None:
         """What this controller has just written, without reading all trials anew: there may be thousands."""
@@ -325,7 +336,7 @@ class Controller:
         self.mirror.nudge()
 
     def _tell_search(self, trial: TrialRow, result: Consequence) -> None:
-        if result.state != "WAITING":
+        if result.state not in ("WAITING", "CANCELED"):
             loss = self._final_loss(trial, result)
             self.search.tell(trial.fingerprint, result.state, loss, result.cause, result.reason, result.end_step)
 

@@ -86,7 +86,12 @@ class RunningAttempt:
             measured = f"validation loss {loss_nats:.4f} nats" if loss_nats is not None else "no finite validation loss"
             return f"complete  {self.name}: {measured}"
         paused = self.wish is not None and result.cause == self.wish.kind
-        words = {"DIVERGED": "diverged ", "FAILED": "FAILED   ", "WAITING": "paused   " if paused else "retrying "}
+        words = {
+            "DIVERGED": "diverged ",
+            "FAILED": "FAILED   ",
+            "CANCELED": "canceled ",
+            "WAITING": "paused   " if paused else "retrying ",
+        }
         return f"{words[result.state]} {self.name}: {result.reason}"
 
 

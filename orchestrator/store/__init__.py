@@ -2,6 +2,8 @@
 
 from orchestrator.store.face import Store
 from orchestrator.store.rows import (
+    CANCEL_WANTED,
+    CAP_SET,
     HOST_EXCLUDED,
     Added,
     AttemptRow,
@@ -23,6 +25,8 @@ from orchestrator.store.schema import FINISHED, STATES
 from orchestrator.store.submission import SEED_KEYS
 
 __all__ = [
+    "CANCEL_WANTED",
+    "CAP_SET",
     "FINISHED",
     "HOST_EXCLUDED",
     "SEED_KEYS",

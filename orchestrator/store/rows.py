@@ -37,6 +37,12 @@ class FinishedIsFinal(StoreError):
 HOST_EXCLUDED = "host_excluded"
 """The kind of event that keeps a host out of a sweep, also for its next controller."""
 
+CANCEL_WANTED = "cancel_wanted"
+"""A user wants a running trial canceled; its controller does it."""
+
+CAP_SET = "cap_set"
+"""A user has set a cap: ``max_gpus=64``, or ``max_gpus=none``."""
+
 
 @dataclass(frozen=True, slots=True)
 class Added:

@@ -3,6 +3,7 @@
 What is wrong with a file, its data or an override comes out as one UserError that is a whole message.
 """
 
+from orchestrator.sweep.caps import check_cap
 from orchestrator.sweep.document import DocumentPath, Places, Problems, UserError
 from orchestrator.sweep.fields import KnownField, check_value, config_fields
 from orchestrator.sweep.parsing import load, parse
@@ -40,6 +41,7 @@ __all__ = [
     "Sweep",
     "UserError",
     "VerdictConfig",
+    "check_cap",
     "check_value",
     "compile_pattern",
     "config_fields",

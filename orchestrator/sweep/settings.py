@@ -98,6 +98,10 @@ class ResourcesConfig(Frozen):
     layout: Layout = Layout()
     micro_batch_sequences: Count | None = None
     """Sequences a rank takes at once; None: its whole share of the batch."""
+    max_trials: Annotated[Integer, Field(ge=0)] | None = None
+    """Trials at once; None: as many as the cluster holds. ``gatesweep set`` changes it while the sweep runs."""
+    max_gpus: Annotated[float, Field(ge=0.0)] | None = None
+    """GPUs at once, likewise."""
 
 
 CountsAs = Literal["infrastructure", "error", "never_again", "nothing"]
