@@ -104,17 +104,6 @@ def test_a_gang_is_not_placed_on_an_excluded_node(cluster: Cluster):
         free.dismiss()
 
 
-def test_what_a_rank_is_doing_can_be_asked_while_it_trains(gang: Gang, home: Path, configs: list[TrialConfig]):
-    spec = attempt_spec(home, configs[0], "watched", number=7)
-    gang.launch(spec)
-    wait_for(lambda: (gang.progress() or (0, 0))[1] > 0, "a first micro-batch")
-    gang.dump_stacks()
-    stacks = stacks_path(spec.attempt_dir, 0).read_text()
-    assert "in dump_stacks" in stacks
-    assert "models/trainer/attempt.py" in stacks
-    end_of(gang)
-
-
 def test_a_gang_that_the_cluster_can_never_hold_is_refused_with_both_figures(cluster: Cluster):
     with pytest.raises(UserError, match=r"a gang asks for 2 rank\(s\) x 5000 CPU, and the cluster holds 0 such"):
         cluster.capacity(GangShape(Layout(tensor=2), 5000, 0))
@@ -138,6 +127,17 @@ def test_a_warm_gang_gives_the_numbers_of_a_cold_one_bit_for_bit(
     warm_numbers = written_numbers(attempt_spec(home, second, "warm"))
     assert len(warm_numbers) == 22
     assert warm_numbers == written_numbers(attempt_spec(home, second, "cold", number=2))
+
+
+def test_what_a_rank_is_doing_can_be_asked_while_it_trains(gang: Gang, home: Path, configs: list[TrialConfig]):
+    spec = attempt_spec(home, configs[0], "watched", number=7)
+    gang.launch(spec)
+    wait_for(lambda: (gang.progress() or (0, 0))[1] > 0, "a first micro-batch")
+    gang.dump_stacks()
+    stacks = stacks_path(spec.attempt_dir, 0).read_text()
+    assert "in dump_stacks" in stacks
+    assert "models/trainer/attempt.py" in stacks
+    end_of(gang)
 
 
 def test_only_its_own_token_stops_an_attempt(
