@@ -36,7 +36,9 @@ Logits = dict[str, Tensor]
 class GatedSelfAttention(SelfAttention):  # type: ignore[misc]
     """SelfAttention with ``gate_configs``, one a position, and ``sdpa_output`` (``group_norm``, ``silu`` or None).
 
-    With neither it is Megatron's own, unchanged.
+    With neither it is Megatron's own, unchanged. A group's block has a multiple of ``row_multiple`` rows, which FP8
+    asks for: rows of zeros at its end fill it up. They are read by nobody, so their gradient is zero and they stay
+    zero; they are in checkpoints, and no count of parameters has them.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class GatedSelfAttention(SelfAttention):  # type: ignore[misc]
         layer_number: int,
         gate_configs: Sequence[GateConfig] = (),
         sdpa_output: str | None = None,
+        row_multiple: int = 1,
         **kwargs: Any,
     ) -> None:
         queries_per_group = config.num_attention_heads // config.num_query_groups
@@ -53,11 +56,13 @@ class GatedSelfAttention(SelfAttention):  # type: ignore[misc]
             gate.position: gates.gate_rows_per_group(gate, queries_per_group, config.kv_channels)
             for gate in gate_configs
         }
-        if any(rows.values()):
-            submodules = dataclasses.replace(
-                submodules, linear_qkv=_widened(submodules.linear_qkv, config, gate_configs, rows)
-            )
+        group_rows = (queries_per_group + 2) * config.kv_channels + sum(rows.values())
+        pad_rows = -group_rows % row_multiple
+        if any(rows.values()) or pad_rows:
+            widened = _widened(submodules.linear_qkv, config, gate_configs, rows, pad_rows)
+            submodules = dataclasses.replace(submodules, linear_qkv=widened)
         super().__init__(config, submodules, layer_number, **kwargs)
+        self.pad_rows = pad_rows
         self.gate_configs: dict[str, GateConfig] = {gate.position: gate for gate in gate_configs}
         self.gate_rows = {position: number for position, number in rows.items() if number}
         self.sdpa_output = sdpa_output
@@ -77,6 +82,12 @@ class GatedSelfAttention(SelfAttention):  # type: ignore[misc]
             # module's own copy and only now, or the base class would widen the projection by itself.
             self.config = copy.copy(config)
             self.config.attention_output_gate = True
+
+    @property
+    def num_pad_parameters(self) -> int:
+        """Zeros that this rank's projection carries and that are no parameters of the model."""
+        number: int = self.pad_rows * self.num_query_groups_per_partition * self.config.hidden_size
+        return number
 
     # -- construction ---------------------------------------------------------------------------------------
 
@@ -147,7 +158,7 @@ class GatedSelfAttention(SelfAttention):  # type: ignore[misc]
         split_qkv: bool = True,
     ) -> Any:
         """Query [S, B, H, D], key and value [S, B, G, D]; with ``output_gate`` also the logits of the output gate."""
-        if not output_gate and self.gate_configs.keys() <= {"dense"}:
+        if not output_gate and self.gate_configs.keys() <= {"dense"} and not self.pad_rows:
             return super().get_query_key_value_tensors(hidden_states, key_value_states, output_gate, split_qkv)
         query, logits, key, value = self._project(hidden_states)
         value = self._gate_at("value", value, logits)
@@ -167,8 +178,8 @@ class GatedSelfAttention(SelfAttention):  # type: ignore[misc]
         mixed, _ = self.linear_qkv(hidden_states)
         head_dim = self.hidden_size_per_attention_head
         mixed = mixed.view(*mixed.shape[:2], self.num_query_groups_per_partition, -1)
-        rows = [self._queries_per_group * head_dim, *self.gate_rows.values(), head_dim, head_dim]
-        query, *gate_blocks, key, value = torch.split(mixed, rows, dim=3)
+        rows = [self._queries_per_group * head_dim, *self.gate_rows.values(), head_dim, head_dim, self.pad_rows]
+        query, *gate_blocks, key, value, _ = torch.split(mixed, rows, dim=3)
         logits = {}
         for position, block in zip(self.gate_rows, gate_blocks, strict=True):
             width = head_dim if self.gate_configs[position].granularity == "elementwise" else 1
@@ -240,10 +251,11 @@ def _widened(
     config: TransformerConfig,
     gate_configs: Sequence[GateConfig],
     gate_rows: dict[str, int],
+    pad_rows: int,
 ) -> Callable[..., nn.Module]:
-    """The spec's QKV projection, with the gates' rows inside each query group's block."""
+    """The spec's QKV projection, with the gates' rows and the padding inside each query group's block."""
     query_rows = config.num_attention_heads // config.num_query_groups * config.kv_channels
-    added_rows = sum(gate_rows.values())
+    added_rows = sum(gate_rows.values()) + pad_rows
     group_rows = query_rows + added_rows + 2 * config.kv_channels
 
     def build(
@@ -256,11 +268,12 @@ def _widened(
         def initialise(weight: Tensor) -> None:
             init_method(weight)
             start = query_rows
-            for gate in gate_configs:
-                if gate.init == "zero":
-                    with torch.no_grad():
+            with torch.no_grad():
+                for gate in gate_configs:
+                    if gate.init == "zero":
                         gates.zero_gate_rows(weight, group_rows, start, gate_rows[gate.position])
-                start += gate_rows[gate.position]
+                    start += gate_rows[gate.position]
+                gates.zero_gate_rows(weight, group_rows, group_rows - pad_rows, pad_rows)
 
         widened_size = output_size + added_rows * config.num_query_groups
         return linear_qkv(input_size, widened_size, init_method=initialise, **kwargs)

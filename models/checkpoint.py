@@ -20,6 +20,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     mcore_to_pyt_state_dict,
 )
 from megatron.core.dist_checkpointing.utils import extract_sharded_base
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save as save_state_dict
 
@@ -55,9 +56,28 @@ def _state(chunks: Sequence[Any], optimizer: Any, *, is_loading: bool) -> dict[s
         **_METADATA,
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
-    model = {f"model{i}": chunk.module.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(chunks)}
+    model = {
+        f"model{i}": _without_extra_state(chunk.module.sharded_state_dict(metadata=metadata), chunk.config)
+        for i, chunk in enumerate(chunks)
+    }
     moments, _ = extract_sharded_base(optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata))
     return {"model": model, "optimizer": moments}
+
+
+def _without_extra_state(state: dict[str, Any], config: TransformerConfig) -> dict[str, Any]:
+    """What is learnt, and of Transformer Engine's extra state what the next step depends on: past maxima of FP8.
+
+    Without the rest a checkpoint is the same whichever back end wrote it, and is read by either.
+    """
+    if config.fp8 is not None and config.fp8_recipe == "delayed":
+        return state
+    return {name: value for name, value in state.items() if "._extra_state" not in name}
+
+
+def _load_chunk(module: Any, restored: dict[str, Any]) -> None:
+    """Extra state that was left out stays what it is."""
+    own = {name: value for name, value in module.state_dict().items() if "._extra_state" in name}
+    module.load_state_dict(own | restored)
 
 
 def save(attempt_dir: Path, step: int, chunks: Sequence[Any], optimizer: Any, keep: int) -> Path:
@@ -89,7 +109,7 @@ def load(path: Path, chunks: Sequence[Any], optimizer: Any) -> int:
         raise FileNotFoundError(f"checkpoint {path} does not exist")
     restored = dist_checkpointing.load(_state(chunks, optimizer, is_loading=True), str(path))
     for number, chunk in enumerate(chunks):
-        chunk.module.load_state_dict(restored["model"][f"model{number}"])
+        _load_chunk(chunk.module, restored["model"][f"model{number}"])
     step = int(restored["step"])
     _restore_moments(optimizer, restored["optimizer"], step)
     torch.set_rng_state(restored["torch_rng"])

@@ -213,6 +213,21 @@ class TrainConfig(Frozen):
         return self
 
 
+class FP8Config(Frozen):
+    """How precision ``fp8`` scales the operands of matrix products; weights are kept in bf16 and fp32."""
+
+    recipe: Literal["tensorwise", "delayed", "blockwise", "mxfp8"] = "tensorwise"
+    """Of Transformer Engine: one scale a tensor, from its present or its past maximum (``delayed``), one a block of
+    128 x 128 or 1 x 128 (``blockwise``), or one for 32 values (``mxfp8``; Blackwell only)."""
+    format: Literal["hybrid", "e4m3"] = "hybrid"
+    """``hybrid``: E4M3 forward, E5M2 for gradients."""
+
+    @property
+    def multiple(self) -> int:
+        """What every dimension of a matrix product must be a multiple of: the kernel's alignment, or the block."""
+        return {"tensorwise": 16, "delayed": 16, "blockwise": 128, "mxfp8": 32}[self.recipe]
+
+
 class TrialConfig(Frozen):
     """Everything that decides a trial's numbers: a cell and a seed."""
 
@@ -223,9 +238,25 @@ class TrialConfig(Frozen):
     )
     data: DataConfig = DataConfig()
     train: TrainConfig
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp8"] = "fp32"
+    fp8: FP8Config | None = None
+    """Only with precision ``fp8``, and filled in there."""
     seed: Annotated[int, BeforeValidator(_integral), Field(ge=0, lt=2**32)]
     """What NumPy's generator takes: Megatron shuffles the samples with it."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_fp8(cls, values: Any) -> Any:
+        """A recipe by default and the same one by name are one trial, with one fingerprint."""
+        if isinstance(values, dict) and values.get("precision") == "fp8" and values.get("fp8") is None:
+            return {**values, "fp8": {}}
+        return values
+
+    @model_validator(mode="after")
+    def _fp8_is_used(self) -> TrialConfig:
+        if self.fp8 is not None and self.precision != "fp8":
+            raise ValueError(f"fp8 needs precision fp8, not {self.precision}")
+        return self
 
     @model_validator(mode="after")
     def _batch_holds_sequences(self) -> TrialConfig:
@@ -303,6 +334,11 @@ def evenly_spaced(num_steps: int, points: int) -> tuple[int, ...]:
 def _without_absent(content: dict[str, Any]) -> dict[str, Any]:
     kept = {key: _without_absent(value) if isinstance(value, dict) else value for key, value in content.items()}
     return {key: value for key, value in kept.items() if value is not None and value is not False and value != []}
+
+
+Backend = Literal["auto", "local", "transformer_engine"]
+"""Whose modules a model is made of: Megatron's own, or Transformer Engine's; ``auto``: the latter on CUDA, if it can be
+imported. Not part of the fingerprint: the two agree to rounding (bf16 and fp32; fp8 has only the one)."""
 
 
 class Layout(Frozen):

@@ -7,12 +7,17 @@ counterparts once a process; on a CUDA machine it mends a missing name and no mo
 from __future__ import annotations
 
 import contextlib
+import functools
+import logging
 import resource
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
+
+log = logging.getLogger(__name__)
 
 _FACTORIES = frozenset(
     getattr(torch, name) for name in ("tensor", "zeros", "ones", "empty", "full", "arange", "zeros_like", "empty_like")
@@ -71,6 +76,28 @@ def _mend_router() -> None:
 
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
+
+
+@functools.cache
+def transformer_engine_problem() -> str | None:
+    """Why Transformer Engine cannot be imported here, or None when it can.
+
+    One that is installed but broken is hidden for the rest of the process, so that Megatron takes it for absent.
+    ``models/__init__.py`` asks before Megatron is imported.
+    """
+    try:
+        import transformer_engine.pytorch  # noqa: F401
+    except Exception as error:  # a library that does not load raises what it likes
+        if isinstance(error, ModuleNotFoundError) and error.name == "transformer_engine":
+            return "it is not installed"
+        problem = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    else:
+        return None
+    for name in [name for name in sys.modules if name.partition(".")[0] == "transformer_engine"]:
+        del sys.modules[name]
+    sys.modules["transformer_engine"] = None  # type: ignore[assignment]
+    log.warning("Transformer Engine is installed but cannot be imported, and is taken for absent: %s", problem)
+    return problem
 
 
 @contextlib.contextmanager

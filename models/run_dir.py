@@ -24,7 +24,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-from models.config import DiagnosticsConfig, Layout, TrialConfig
+from models.config import Backend, DiagnosticsConfig, Layout, TrialConfig
 
 
 class _Line(BaseModel):
@@ -128,6 +128,7 @@ class AttemptSpec(_Line):
     micro_batch_sequences: int | None = None
     """Sequences a rank takes at once; None: its whole share of the batch."""
     device: Literal["cpu", "cuda"] = "cpu"
+    backend: Backend = "auto"
     resume_checkpoint: str | None = None
     resume_step: int = 0
     checkpoint_every_steps: int | None = None
@@ -151,6 +152,8 @@ class Summary(_Line):
     """Median over this attempt's steps: the first ones warm up. Validation and checkpoints are not counted."""
     peak_memory_bytes: int | None = None
     num_parameters: int | None = None
+    backend: Literal["local", "transformer_engine"] | None = None
+    """What was taken; None: the attempt did not come so far."""
     error: str | None = None
     """Exception class and message, for outcome ``error``."""
 

@@ -266,7 +266,12 @@ def another(name, value):
     return 2 * value if isinstance(value, int) else value / 2
 
 
-LEARNT = [(path, value) for path, value in leaves(FULL) if path not in NOT_LEARNT and path[-1] not in CONDITIONAL]
+WITHIN_FP8 = {("fp8",)}
+"""Only there with precision fp8: below."""
+
+LEARNT = [
+    (path, value) for path, value in leaves(FULL) if path not in NOT_LEARNT | WITHIN_FP8 and path[-1] not in CONDITIONAL
+]
 
 
 @pytest.mark.parametrize(("path", "value"), LEARNT, ids=[".".join(path) for path, _ in LEARNT])
@@ -274,6 +279,22 @@ def test_the_fingerprint_changes_with_every_learnt_field(path, value):
     changed = with_leaf(FULL, path, another(path[-1], value))
     assert changed != FULL
     assert changed.fingerprint() != FULL.fingerprint()
+
+
+def fp8_trial(**fp8):
+    return TrialConfig.model_validate({**FULL.model_dump(), "precision": "fp8", "fp8": fp8 or None})
+
+
+def test_the_fingerprint_covers_the_fp8_recipe_named_or_not():
+    other = [fp8_trial(recipe=recipe) for recipe in ("delayed", "blockwise", "mxfp8")] + [fp8_trial(format="e4m3")]
+    prints = [config.fingerprint() for config in (FULL, fp8_trial(), *other)]
+    assert len(set(prints)) == len(prints)
+    assert fp8_trial(recipe="tensorwise", format="hybrid").fingerprint() == fp8_trial().fingerprint()
+
+
+def test_an_fp8_recipe_needs_precision_fp8():
+    with pytest.raises(ValidationError, match="fp8 needs precision fp8, not fp32"):
+        TrialConfig.model_validate({**FULL.model_dump(), "fp8": {"recipe": "delayed"}})
 
 
 @pytest.mark.parametrize("name", CONDITIONAL)
@@ -296,7 +317,7 @@ def test_the_fingerprint_changes_with_every_field_of_the_experts(name):
 
 def test_every_field_is_either_learnt_or_known_not_to_be():
     paths = {path for path, _ in leaves(FULL)}
-    assert {path for path, _ in LEARNT} | NOT_LEARNT | {("gate", name) for name in CONDITIONAL} == paths
+    assert {path for path, _ in LEARNT} | NOT_LEARNT | WITHIN_FP8 | {("gate", name) for name in CONDITIONAL} == paths
     assert len(LEARNT) > 40
 
 

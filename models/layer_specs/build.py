@@ -20,17 +20,18 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from torch import nn
 
 from models.config import Layout, TrialConfig
-from models.layer_specs.local import layer_spec
+from models.layer_specs import local, transformer_engine
+from models.layer_specs.backend import Taken
 from models.layer_specs.settings import transformer_config
 from models.norms import RMSNorm
 
 
-def build_chunks(trial: TrialConfig, layout: Layout, device: str) -> list[GPTModel]:
+def build_chunks(trial: TrialConfig, layout: Layout, device: str, backend: Taken = "local") -> list[GPTModel]:
     """This rank's parts of the model, a chunk a virtual pipeline stage, drawn from torch's current seed."""
-    config = transformer_config(trial.model, trial.precision, layout, device)
+    config = transformer_config(trial, layout, device, backend)
     # Megatron sums router losses by layer in a process-wide table, which a warm gang's next model may not fit.
     get_moe_layer_wise_logging_tracker().clear()
-    layer = layer_spec(trial.model, trial.gates, sequence_parallel=layout.sequence_parallel)
+    layer, norm = _parts(trial, layout, backend)
     chunks: list[GPTModel] = []
     num_drawn = -1  # layers; -1: not even the embedding
     for stage in range(layout.virtual_pipeline):
@@ -38,15 +39,24 @@ def build_chunks(trial: TrialConfig, layout: Layout, device: str) -> list[GPTMod
         first_layer = get_transformer_layer_offset(config, vp_stage)
         if first_layer > 0:
             _drop(trial, config, layer, range(num_drawn, first_layer), vp_stage)
-        chunk = _chunk(trial, config, layer, vp_stage)
+        chunk = _chunk(trial, config, layer, norm, vp_stage)
         num_drawn = first_layer + len(chunk.decoder.layers)
         chunks.append(chunk.to(device) if device == "cuda" else chunk)
     return chunks
 
 
-def build_model(trial: TrialConfig, layout: Layout, device: str) -> GPTModel:
+def _parts(trial: TrialConfig, layout: Layout, backend: Taken) -> tuple[ModuleSpec, type]:
+    """The layer's spec, and the module of the norm behind the last one."""
+    on_sequence = layout.sequence_parallel
+    if backend == "local":
+        return local.layer_spec(trial.model, trial.gates, sequence_parallel=on_sequence), RMSNorm
+    spec = transformer_engine.layer_spec(trial.model, trial.gates, trial.fp8, sequence_parallel=on_sequence)
+    return spec, transformer_engine.norm()
+
+
+def build_model(trial: TrialConfig, layout: Layout, device: str, backend: Taken = "local") -> GPTModel:
     """This rank's only chunk, on a layout without virtual pipeline stages."""
-    (model,) = build_chunks(trial, layout, device)
+    (model,) = build_chunks(trial, layout, device, backend)
     return model
 
 
@@ -62,11 +72,13 @@ def _drop(
             build_module(layer, config=config, layer_number=number + 1 - offset, vp_stage=vp_stage)
 
 
-def _chunk(trial: TrialConfig, config: TransformerConfig, layer: ModuleSpec, vp_stage: int | None) -> GPTModel:
+def _chunk(
+    trial: TrialConfig, config: TransformerConfig, layer: ModuleSpec, norm: type, vp_stage: int | None
+) -> GPTModel:
     num_layers = get_num_layers_to_build(config, vp_stage)
     return GPTModel(
         config=config,
-        transformer_layer_spec=TransformerBlockSubmodules([layer] * num_layers, RMSNorm),
+        transformer_layer_spec=TransformerBlockSubmodules([layer] * num_layers, norm),
         vocab_size=trial.data.vocab_size,
         max_sequence_length=trial.data.sequence_length,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
@@ -90,6 +102,7 @@ def num_parameters(chunks: Iterable[nn.Module] | nn.Module) -> int:
                 experts += parameter.numel()
             elif param_is_not_tensor_parallel_duplicate(parameter) and not getattr(parameter, "shared", False):
                 shared_out += parameter.numel()
+        shared_out -= sum(getattr(module, "num_pad_parameters", 0) for module in chunk.modules())
     groups = {
         parallel_state.get_model_parallel_group(): shared_out,
         # Experts that are dealt out: other ranks hold others, data-parallel ones among them.

@@ -5,16 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from megatron.core.tensor_parallel.layers import _grad_accum_fusion_available
 from megatron.core.transformer import TransformerConfig
 from torch.nn import functional
 
-from models.config import Layout, ModelConfig, MoEConfig
+from models.config import Layout, MoEConfig, TrialConfig
+from models.layer_specs.backend import Taken
 
 
-def transformer_config(model: ModelConfig, precision: str, layout: Layout, device: str) -> TransformerConfig:
-    """Megatron's config for a model of the paper's family. Kernel fusions need CUDA and are off on the CPU."""
-    on_cuda = device == "cuda"
-    bf16 = precision == "bf16"
+def transformer_config(trial: TrialConfig, layout: Layout, device: str, backend: Taken = "local") -> TransformerConfig:
+    """Megatron's config for a model of the paper's family."""
+    model, bf16, on_cuda = trial.model, trial.precision != "fp32", device == "cuda"
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -39,14 +40,28 @@ def transformer_config(model: ModelConfig, precision: str, layout: Layout, devic
         use_cpu_initialization=True,
         attention_softmax_in_fp32=True,
         softmax_type="learnable" if model.softmax_sink else "vanilla",
-        apply_rope_fusion=False,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        masked_softmax_fusion=on_cuda,
-        gradient_accumulation_fusion=False,
-        persist_layer_norm=False,
-        **(_moe_options(model.moe, model.ffn_size, layout, on_cuda) if model.moe is not None else {}),
+        fp8=trial.fp8.format if trial.fp8 is not None else None,
+        fp8_recipe=trial.fp8.recipe if trial.fp8 is not None else None,
+        **_fusions(on_cuda, backend),
+        **(_moe_options(model.moe, model.ffn_size, layout, on_cuda, backend) if model.moe is not None else {}),
     )
+
+
+def _fusions(on_cuda: bool, backend: Taken) -> dict[str, bool]:
+    """Kernels that do several steps in one: CUDA only.
+
+    None of them reaches into a gate: those act on the projections' outputs and on the attention's, before RoPE and
+    after the softmax. Megatron's fused softmax is left out, since no attention used here has it.
+    """
+    return {
+        "bias_activation_fusion": on_cuda,  # SwiGLU
+        "bias_dropout_fusion": on_cuda,
+        "apply_rope_fusion": on_cuda and backend == "transformer_engine",
+        # Weight gradients straight into the fp32 buffer; the output layer's kernel is apex's.
+        "gradient_accumulation_fusion": on_cuda and _grad_accum_fusion_available,
+        "masked_softmax_fusion": False,
+        "persist_layer_norm": False,
+    }
 
 
 def _layout_options(layout: Layout, on_cuda: bool) -> dict[str, Any]:
@@ -71,8 +86,8 @@ def _layout_options(layout: Layout, on_cuda: bool) -> dict[str, Any]:
     }
 
 
-def _moe_options(moe: MoEConfig, expert_size: int, layout: Layout, on_cuda: bool) -> dict[str, Any]:
-    """Megatron's dropless top-k MoE layer, an expert after the other: grouped products need CUDA libraries."""
+def _moe_options(moe: MoEConfig, expert_size: int, layout: Layout, on_cuda: bool, backend: Taken) -> dict[str, Any]:
+    """Megatron's dropless top-k MoE layer; an expert after the other, where Transformer Engine cannot group them."""
     return {
         "num_moe_experts": moe.num_experts,
         "moe_ffn_hidden_size": expert_size,
@@ -89,5 +104,5 @@ def _moe_options(moe: MoEConfig, expert_size: int, layout: Layout, on_cuda: bool
         "moe_aux_loss_coeff": moe.aux_loss_coefficient * layout.data,
         "moe_z_loss_coeff": moe.z_loss_coefficient or None,
         "moe_token_dispatcher_type": "alltoall" if on_cuda and layout.expert > 1 else "allgather",
-        "moe_grouped_gemm": False,
+        "moe_grouped_gemm": backend == "transformer_engine",
     }

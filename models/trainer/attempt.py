@@ -68,6 +68,7 @@ class _Attempt:
         self.step = spec.resume_step
         self.step_rates: list[float] = []
         self.num_parameters: int | None = None
+        self.backend: layer_specs.Backend | None = None
 
     def run(self, should_stop: Callable[[], bool]) -> Any:
         self.trial = run_dir.read_trial_config(Path(self.spec.trial_dir))
@@ -100,7 +101,8 @@ class _Attempt:
         trial, world, spec = self.trial, self.world, self.spec
         prepared = corpus.prepare(trial.data, Path(spec.data_dir))
         devices.seed_everything(trial.seed, world.device)
-        chunks = layer_specs.build_chunks(trial, world.layout, world.device)
+        self.backend = layer_specs.choose_backend(trial, spec.backend, world.device)
+        chunks = layer_specs.build_chunks(trial, world.layout, world.device, self.backend)
         self.num_parameters = layer_specs.num_parameters(chunks)
         self.chunks, self.optimizer = wrap(trial, chunks, world.device)
         self.micro_batch = spec.micro_batch_sequences or trial.batch_sequences // world.layout.data
@@ -122,8 +124,9 @@ class _Attempt:
                     f"checkpoint {spec.resume_checkpoint} holds step {step}, expected {spec.resume_step}"
                 )
         log.info(
-            "attempt %d: %s parameters, %d steps from step %d, %s",
+            "attempt %d: %s parameters, %d steps from step %d, %s, backend %s, precision %s",
             spec.number, f"{self.num_parameters:,}", trial.train.num_steps, self.step, world.layout,
+            self.backend, trial.precision,
         )  # fmt: skip
 
     def _train_one_step(self) -> None:
@@ -184,5 +187,6 @@ class _Attempt:
             tokens_per_second=statistics.median(self.step_rates) if self.step_rates else None,
             peak_memory_bytes=devices.peak_memory_bytes(self.world.device),
             num_parameters=self.num_parameters,
+            backend=self.backend,
             error=error,
         )

@@ -20,8 +20,11 @@ from models.diagnostics import UpdateWatch
 def wrap(trial: TrialConfig, chunks: Sequence[GPTModel], device: str) -> tuple[list[DistributedDataParallel], Any]:
     """Each chunk in Megatron's DDP, and the optimizer of all: the distributed one on CUDA, the plain one on CPU."""
     on_cuda = device == "cuda"
-    if trial.precision == "bf16" and not on_cuda:
-        raise ValueError("precision bf16 needs a CUDA device: Megatron's optimizer for it takes no CPU tensors")
+    mixed = trial.precision != "fp32"
+    if mixed and not on_cuda:
+        raise ValueError(
+            f"precision {trial.precision} needs a CUDA device: Megatron's optimizer for it takes no CPU tensors"
+        )
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, use_distributed_optimizer=on_cuda, overlap_grad_reduce=False
     )
@@ -38,8 +41,8 @@ def wrap(trial: TrialConfig, chunks: Sequence[GPTModel], device: str) -> tuple[l
         adam_beta1=train.beta1,
         adam_beta2=train.beta2,
         adam_eps=train.epsilon,
-        bf16=trial.precision == "bf16",
-        params_dtype=torch.bfloat16 if trial.precision == "bf16" else torch.float32,
+        bf16=mixed,
+        params_dtype=torch.bfloat16 if mixed else torch.float32,
         use_distributed_optimizer=on_cuda,
         clip_grad=0.0,  # clipped in ``update``, so that a non-finite gradient never reaches the weights
     )

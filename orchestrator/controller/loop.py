@@ -234,6 +234,7 @@ class Controller:
             layout=self.shape.layout,
             micro_batch_sequences=self.sweep.resources.micro_batch_sequences,
             device=self.shape.device,
+            backend=self.sweep.resources.backend,
             resume_checkpoint=None if resume.checkpoint is None else str(resume.checkpoint),
             resume_step=resume.step,
             checkpoint_every_steps=self.sweep.checkpoint.every_steps or -(-trial.config.train.num_steps // 10),

@@ -25,7 +25,7 @@ class Leaf:
 
 
 Leaves = dict[str, Leaf]
-_NULLABLE = ("gate", "model.moe")
+_NULLABLE = ("gate", "model.moe", "fp8")
 """Sections of the config that may be absent."""
 
 

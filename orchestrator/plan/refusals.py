@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from models.config import TrialConfig
+from orchestrator.plan.backend import backend_refusals
 from orchestrator.sweep import ResourcesConfig
 
 
 def refusals(config: TrialConfig, resources: ResourcesConfig) -> list[str]:
     """Why this version cannot run the config with these resources; empty when it can."""
-    rules = (_tensor, _sequence, _pipeline, _expert, _context, _batch, _precision)
+    rules = (_tensor, _sequence, _pipeline, _expert, _context, _batch, backend_refusals)
     return [reason for rule in rules for reason in rule(config, resources)]
 
 
@@ -102,8 +103,3 @@ def _batch(config: TrialConfig, resources: ResourcesConfig) -> Iterator[str]:
         yield f"{batch} is not divisible by layout.data {data}"
     elif micro is not None and sequences % (micro * data):
         yield f"{batch} is not divisible by micro_batch_sequences {micro} x layout.data {data}"
-
-
-def _precision(config: TrialConfig, resources: ResourcesConfig) -> Iterator[str]:
-    if config.precision == "bf16" and resources.gpus == 0:
-        yield "precision bf16 needs GPUs (resources.gpus is 0); a CPU takes fp32"

@@ -51,7 +51,8 @@ def matched(config: TrialConfig, sweep: Sweep, arm: str) -> TrialConfig:
     if match.by == "none" or not config.gates or "ffn_size" in sweep.arms[arm].get("model", {}):
         return config
     multiple = match.ffn_multiple or default_ffn_multiple(config.model)
-    multiple = math.lcm(multiple, sweep.resources.layout.tensor)
+    rows = sweep.resources.layout.tensor * (config.fp8.multiple if config.fp8 is not None else 1)
+    multiple = math.lcm(multiple, rows)
     match_width = match_ffn_size if match.by == "parameters" else match_ffn_size_for_flops
     model = config.model.model_copy(update={"ffn_size": match_width(config.model, config.gates, multiple)})
     return config.model_copy(update={"model": model})

@@ -33,6 +33,7 @@ def footnotes(
         _incomplete(rows, trials),
         _unfinished(trials),
         _reused(trials),
+        _backends(trials),
         _measure(heading, split, rows, trials),
     ]
     return tuple(note for note in notes if note)
@@ -153,6 +154,15 @@ def _reused(trials: Sequence[TrialResult]) -> str:
     origins = Counter(trial.trained_in for trial in trials if trial.trained_in is not None)
     named = ", ".join(f"{count} from {sweep}" for sweep, count in sorted(origins.items()))
     return f"reused trials: {named}" if named else ""
+
+
+def _backends(trials: Sequence[TrialResult]) -> str:
+    """Different back ends agree to rounding, not to the last digit, and differ in speed."""
+    taken = Counter((trial.arm, " then ".join(trial.backends)) for trial in trials if trial.backends)
+    if len({backend for _, backend in taken}) < 2:
+        return ""
+    named = ", ".join(f"{arm} {count} {backend}" for (arm, backend), count in taken.items())
+    return f"mixed back ends, so arms differ by rounding and in speed besides: {named}"
 
 
 def _measure(heading: SweepHeading, split: Split, rows: Sequence[ArmRow], trials: Sequence[TrialResult]) -> str:

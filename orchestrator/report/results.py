@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.report.tables import tabulate
@@ -97,7 +98,14 @@ def _trial_results(store: Store, sweep: SweepRow, tail: float) -> list[TrialResu
     trials = store.trials(sweep.id)
     measured = {row["fingerprint"]: row for row in store.frame("results", sweep=sweep.name).to_dict("records")}
     tails = {(row.fingerprint, row.split): row for row in store.tails(sweep.id, tail)}
-    return [_trial_result(trial, measured.get(trial.fingerprint, {}), tails, sweep.name) for trial in trials]
+    backends = store.backends(sweep.id)
+    return [
+        replace(
+            _trial_result(trial, measured.get(trial.fingerprint, {}), tails, sweep.name),
+            backends=backends.get(trial.fingerprint, ()),
+        )
+        for trial in trials
+    ]
 
 
 def _trial_result(

@@ -73,6 +73,8 @@ class TrialResult:
     tokens_per_second: float | None = None
     num_tail_points: int = 1
     """Validations on the slice that ``slice_loss_nats`` is the mean of."""
+    backends: tuple[str, ...] = ()
+    """What its attempts were built from, as far as they said."""
     trained_in: str | None = None
     """The sweep whose controller trained it, when that is not the sweep of the table."""
 

@@ -128,6 +128,7 @@ def _closing(attempt: AttemptRow, summary: Summary | None, now: datetime) -> dic
     speed = summary.tokens_per_second
     return {
         "ended_at": now,
+        "provenance": {**attempt.provenance, "backend": summary.backend},
         "seconds": summary.seconds if math.isfinite(summary.seconds) else None,
         "tokens_per_second": speed if speed is not None and math.isfinite(speed) else None,
         "peak_memory_bytes": summary.peak_memory_bytes,

@@ -106,6 +106,10 @@ class Store:
         """The same for shared trials that another sweep's controller left, whose lease has run out."""
         return self._write(attempts.adopt_orphans, lease)
 
+    def backends(self, sweep_id: int) -> dict[str, tuple[str, ...]]:
+        """By fingerprint, the back ends that the attempts of a sweep's trials took, as far as they said."""
+        return self._read(reader.backends, sweep_id)
+
     def attempts(self, fingerprint: str) -> list[AttemptRow]:
         """Oldest first."""
         return self._read(reader.attempts, fingerprint)

@@ -81,6 +81,23 @@ def attempts(connection: Connection, fingerprint: str) -> list[AttemptRow]:
     return [attempt_row(row) for row in connection.execute(query).mappings()]
 
 
+def backends(connection: Connection, sweep_id: int) -> dict[str, tuple[str, ...]]:
+    """By fingerprint, the back ends that the attempts of a sweep's trials say they took; a killed one says nothing."""
+    link, attempt = schema.sweep_trial, schema.attempt
+    backend = attempt.c.provenance["backend"].as_string()
+    query = (
+        select(attempt.c.fingerprint, backend)
+        .join(link, link.c.fingerprint == attempt.c.fingerprint)
+        .where(link.c.sweep_id == sweep_id, link.c.current, backend.is_not(None))
+        .distinct()
+        .order_by(attempt.c.fingerprint, backend)
+    )
+    taken: dict[str, tuple[str, ...]] = {}
+    for fingerprint, name in connection.execute(query):
+        taken[fingerprint] = (*taken.get(fingerprint, ()), name)
+    return taken
+
+
 def attempt_row(row: RowMapping) -> AttemptRow:
     values = dict(row)
     values["layout"] = Layout.model_validate(values["layout"])

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, model_validator
 
-from models.config import Count, DiagnosticsConfig, Frozen, Integer, Layout, Positive
+from models.config import Backend, Count, DiagnosticsConfig, Frozen, Integer, Layout, Positive
 from orchestrator.sweep.document import Places
 
 
@@ -96,6 +96,7 @@ class ResourcesConfig(Frozen):
     gpus: Annotated[float, Field(ge=0.0)] = 0.0
     cpus: Positive = 1.0
     layout: Layout = Layout()
+    backend: Backend = "auto"
     micro_batch_sequences: Count | None = None
     """Sequences a rank takes at once; None: its whole share of the batch."""
     max_trials: Annotated[Integer, Field(ge=0)] | None = None
