@@ -7,13 +7,16 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 # Ray's and torch's own threads would fight over a laptop's cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test lint format clean
+.PHONY: quickstart test test-gpu lint format clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/gatesweep run sweeps/quickstart.yaml
 
 test: lint
 	$(BIN)/python -m pytest
+
+test-gpu: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -m gpu
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
@@ -34,6 +37,9 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 $(VENV)/installed-dev: $(VENV)/installed
 	$(PIP) --editable '.[dev]'
+# Beside the environment, not in it: only the tests look there. The wheel is Python without its compiled library, and
+# would break Megatron where it could be imported.
+	$(PIP) --no-deps --upgrade --target $(VENV)/transformer-engine transformer-engine
 	touch $@
 
 clean:
