@@ -140,7 +140,7 @@ class Training:
         from models.trainer.optimizer import wrap
 
         with device.on("cpu"):
-            self.model, self.optimizer = wrap(trial, built(trial, backend, seed=seed), "cpu")
+            (self.model,), self.optimizer = wrap(trial, [built(trial, backend, seed=seed)], "cpu")
 
     def step(self):
         from models import device
@@ -177,8 +177,8 @@ def carried_over(trial, backend, folder):
     for _ in range(2):
         writer.step()
     with device.on("cpu"):
-        path = checkpoint.save(folder, 2, writer.model, writer.optimizer, 1)
-        assert checkpoint.load(path, reader.model, reader.optimizer) == 2
+        path = checkpoint.save(folder, 2, [writer.model], writer.optimizer, 1)
+        assert checkpoint.load(path, [reader.model], reader.optimizer) == 2
     written, read = writer.state(), reader.state()
     assert written.keys() == read.keys()
     differing = [name for name in written if not torch.equal(read[name], written[name])]
@@ -222,11 +222,18 @@ def on_two_ranks(rank, folder):
     from models.trainer import World
 
     World.join(rank, Layout(tensor=2), "cpu", f"file://{folder}/meet")
-    return {
-        (kind, sequence_parallel): difference(*twins(trial, Layout(tensor=2, sequence_parallel=sequence_parallel)))
-        for kind, trial in SHARDED.items()
-        for sequence_parallel in (False, True)
-    }
+    found = {}
+    for kind, trial in SHARDED.items():
+        for sequence_parallel in (False, True):
+            local, other = twins(trial, Layout(tensor=2, sequence_parallel=sequence_parallel))
+            marks = [{name for name, p in by_local_name(model).items() if marked(p)} for model in (local, other)]
+            found[kind, sequence_parallel] = (difference(local, other), *marks)
+    return found
+
+
+def marked(parameter):
+    """Whether its gradient is summed over the tensor-parallel ranks, each of which sees a part of the sequence."""
+    return getattr(parameter, "sequence_parallel", False)
 
 
 # -- FP8: what can be known without running it ----------------------------------------------------------------
@@ -318,9 +325,16 @@ def test_a_checkpoint_of_one_back_end_goes_on_with_the_other(one_rank, kind, bac
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 def test_two_tensor_parallel_ranks_do_what_local_ones_do(two_ranks, sequence_parallel):
     for found in two_ranks:
-        own = {kind: row for (kind, parallel), row in found.items() if parallel == sequence_parallel}
+        own = {kind: row for (kind, parallel), (row, _, _) in found.items() if parallel == sequence_parallel}
         report(f"TE against local, TP=2{' + SP' if sequence_parallel else ''}", own)
         assert not {kind: row for kind, row in own.items() if not max(row[:2]) < TOLERANCE}
+
+
+@needs_sources
+def test_the_same_gradients_are_summed_over_parts_of_the_sequence(two_ranks):
+    for (_, sequence_parallel), (_, local, other) in two_ranks[0].items():
+        assert local == other
+        assert bool(local) == sequence_parallel
 
 
 FP8_RECIPES = {
