@@ -369,3 +369,121 @@ def test_bfloat16_models_run_and_are_near(world, kind):
     losses.sum().backward()
     assert relative_error(losses, token_losses(build(trial), *small_batch())) < 0.05
     assert all(parameter.grad.isfinite().all() and parameter.grad.any() for parameter in model.parameters())
+
+
+# -- beside Megatron's own gate -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("changes", [{}, {"qk_norm": False}, {"num_kv_heads": 4}], ids=str)
+def test_the_elementwise_sdpa_gate_is_megatrons_own(world, changes):
+    """``attention_output_gate``, the one gate that Megatron has; its rows lie as ours do."""
+    trial = small_trial(GateConfig(position="sdpa"), SMALL.model_copy(update=changes))
+    ours, theirs = build(trial), megatrons_own(trial)
+    theirs.load_state_dict(ours.state_dict())
+    (our_logits, our_gradients), (logits, gradients) = (logits_and_gradients(model) for model in (ours, theirs))
+    of_logits = relative_error(our_logits, logits)
+    of_gradients = max(relative_error(our_gradients[name], gradient) for name, gradient in gradients.items())
+    print(
+        f"\nsdpa elementwise against Megatron's gate, {changes}: logits {of_logits:.1e}, gradients {of_gradients:.1e}"
+    )
+    assert max(of_logits, of_gradients) < TOLERANCE
+
+
+def logits_and_gradients(model):
+    tokens, labels = small_batch()
+    logits = token_losses(model, tokens, None).detach()
+    (token_losses(model, tokens, labels) * token_weight(tokens)).sum().backward()
+    return logits, {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def megatrons_own(trial):
+    """The model with Megatron's SelfAttention and its gate in the place of ours."""
+    import dataclasses
+
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+    from models import device
+    from models.config import Layout
+    from models.layer_specs.settings import transformer_config
+
+    config = dataclasses.replace(transformer_config(trial, Layout(), "cpu"), attention_output_gate=True)
+    with device.on("cpu"):
+        return GPTModel(
+            config,
+            get_gpt_layer_local_spec(qk_layernorm=trial.model.qk_norm, normalization="RMSNorm"),
+            vocab_size=SMALL_VOCABULARY,
+            max_sequence_length=SMALL_SEQUENCE,
+            share_embeddings_and_output_weights=True,
+            position_embedding_type="rope",
+            rotary_base=trial.model.rope_base,
+        )
+
+
+# -- rows of zeros that fill a group's block up ---------------------------------------------------------------
+
+
+@pytest.fixture
+def filled_up(monkeypatch):
+    """Call it, and models have a multiple of 16 rows in each group's block, as FP8 asks for."""
+    import dataclasses
+
+    from models.layer_specs import local
+
+    spec_of = local.layer_spec
+
+    def layer_spec(*args, **options):
+        spec = spec_of(*args, **options)
+        attention = spec.submodules.self_attention
+        attention = dataclasses.replace(attention, params={**attention.params, "row_multiple": 16})
+        return dataclasses.replace(spec, submodules=dataclasses.replace(spec.submodules, self_attention=attention))
+
+    return lambda: monkeypatch.setattr(local, "layer_spec", layer_spec)
+
+
+@pytest.mark.parametrize(
+    "kind", ["sdpa-headwise-hidden", "value-headwise-hidden", "dense-elementwise-hidden", "sdpa-headwise-none"]
+)
+def test_rows_that_fill_up_a_block_change_nothing_and_are_not_learnt(world, filled_up, kind):
+    import torch
+
+    from models import accounting, layer_specs
+
+    trial = small_trial(KINDS[kind], SMALL.model_copy(update={"head_dim": 6}))
+    plain = build(trial)
+    filled_up()
+    filled = build(trial)
+    blocks = (SMALL.num_kv_heads, -1, SMALL.hidden_size)
+    named = dict(plain.named_parameters())
+    with torch.no_grad():
+        for name, parameter in filled.named_parameters():
+            if name.endswith("linear_qkv.weight"):
+                whole = named[name].view(blocks)
+                assert parameter.view(blocks).shape[1] % 16 == 0
+                parameter.zero_().view(blocks)[:, : whole.shape[1]] = whole
+            else:
+                parameter.copy_(named[name])
+    losses = token_losses(filled, *small_batch())
+    assert relative_error(losses, token_losses(plain, *small_batch())) < 1e-6
+    losses.sum().backward()
+    for layer in filled.decoder.layers:
+        pad, gradient = layer.self_attention.pad_rows, layer.self_attention.linear_qkv.weight.grad.view(blocks)
+        assert pad > 0
+        assert not gradient[:, -pad:].any()
+        assert gradient[:, :-pad].any()
+    assert layer_specs.num_parameters(filled) == accounting.parameters(trial.model, trial.gates, SMALL_VOCABULARY)
+
+
+def test_rows_that_fill_up_a_block_start_at_zero(world, filled_up):
+    from models import device, layer_specs
+    from models.config import Layout
+
+    filled_up()
+    with device.on("cpu"):
+        device.seed_everything(1, "cpu")
+        model = layer_specs.build_model(small_trial(KINDS["sdpa-headwise-hidden"]), Layout(), "cpu")
+    for layer in model.decoder.layers:
+        rows = layer.self_attention.linear_qkv.weight.view(SMALL.num_kv_heads, -1, SMALL.hidden_size)
+        assert layer.self_attention.pad_rows == 14
+        assert not rows[:, -14:].any()
+        assert rows[:, :-14].all()

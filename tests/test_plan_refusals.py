@@ -86,6 +86,45 @@ def test_bf16_on_a_cpu_is_refused(plan):
     assert refusal.reason == "precision bf16 needs GPUs (resources.gpus is 0); a CPU takes fp32"
 
 
+FP8 = ("precision=fp8", "fp8={recipe: mxfp8}")
+ON_A_GPU = "resources={gpus: 1}"
+FP8_REFUSALS = [
+    ((), "resources={gpus: 0}", "precision fp8 needs GPUs (resources.gpus is 0); a CPU takes fp32"),
+    ((), "resources={gpus: 1, backend: local}", "precision fp8 needs Transformer Engine; allowed: resources.backend auto or transformer_engine"),
+    (("model.hidden_size=72",), ON_A_GPU, "precision fp8, recipe mxfp8: model.hidden_size is 72, no multiple of 32"),
+    (("model.head_dim=12",), ON_A_GPU, "precision fp8, recipe mxfp8: model.num_query_heads x head_dim / layout.tensor is 48, no multiple of 32"),
+    (("model.ffn_size=96",), "resources={gpus: 1, layout: {tensor: 2}}", "precision fp8, recipe mxfp8: a rank's share of model.ffn_size is 48, no multiple of 32"),
+    (("data.sequence_length=16",), "resources={gpus: 1, micro_batch_sequences: 1}", "precision fp8, recipe mxfp8: the tokens of a micro-batch on a rank is 16, no multiple of 32"),
+    (("fp8={recipe: blockwise}", "model.ffn_size=256"), ON_A_GPU, "precision fp8, recipe blockwise: model.hidden_size is 64, no multiple of 128; precision fp8, recipe blockwise: model.num_query_heads x head_dim / layout.tensor is 64, no multiple of 128"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "resources", "reason"), FP8_REFUSALS, ids=range(len(FP8_REFUSALS)))
+def test_fp8_that_cannot_be_had_is_refused(plan, changes, resources, reason):
+    (refusal, _) = plan(SMALL, *FP8, *changes, resources).refusals
+    assert refusal.reason == reason
+
+
+def test_fp8_on_gpus_is_planned_and_its_matched_widths_are_what_it_takes(plan):
+    planned = plan(SMALL + "match: parameters\n", *FP8, ON_A_GPU)
+    assert planned.refusals == ()
+    assert {trial.config.model.ffn_size for trial in planned.trials} == {192, 160}
+    assert {trial.config.fp8.recipe for trial in planned.trials} == {"mxfp8"}
+
+
+def test_transformer_engine_on_a_cpu_is_refused(plan):
+    (refusal, _) = plan(SMALL, "resources={backend: transformer_engine}").refusals
+    assert refusal.reason == "resources.backend transformer_engine needs GPUs (resources.gpus is 0); a CPU takes local"
+
+
+def test_the_back_end_is_no_part_of_what_is_learnt(plan):
+    prints = [
+        {trial.fingerprint for trial in plan(SMALL, f"resources={{gpus: 1, backend: {backend}}}").trials}
+        for backend in ("auto", "local", "transformer_engine")
+    ]
+    assert prints[0] == prints[1] == prints[2]
+
+
 RUNNABLE = [
     ("cpu-tiny", "{layout: {pipeline: 2}}"),
     ("cpu-tiny", "{layout: {tensor: 2, sequence_parallel: true}}"),

@@ -95,6 +95,18 @@ def note(table, start):
     return found[0] if found else None
 
 
+def test_back_ends_are_named_when_they_are_mixed():
+    local = [
+        trial(arm, seed=seed, loss=2.4, backends=("local",)) for arm in ("baseline", "g1-headwise") for seed in (1, 2)
+    ]
+    assert note(table_of(local), "mixed") is None
+    mixed = swap(local, "g1-headwise", 4e-3, 2, backends=("local", "transformer_engine"))
+    assert note(table_of(mixed), "mixed") == (
+        "mixed back ends, so arms differ by rounding and in speed besides: baseline 2 local, g1-headwise 1 local, "
+        "g1-headwise 1 local then transformer_engine"
+    )
+
+
 # Rows
 
 
@@ -270,6 +282,7 @@ def test_the_footnotes_name_noise_divergence_reuse_and_the_measure():
         "at LR 1 baseline 2 of 2, g1-elementwise 2 of 2, g1-headwise 2 of 2, g2-elementwise 2 of 2"
     )
     assert note(table, "reused") == "reused trials: 1 from older"
+    assert note(table, "mixed") is None
     assert note(table, "loss") == "loss: mean and SD over 2 seeds, on the validation slice"
     assert note(table, "interval").startswith("interval: 95 % for all 3 differences to baseline at once (Dunnett")
 

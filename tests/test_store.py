@@ -220,6 +220,20 @@ def test_an_attempt_knows_where_it_ran(run: Run) -> None:
     assert shown["train.lr"] == 1e-3
 
 
+def test_an_attempt_knows_its_back_end_when_it_has_ended(run: Run) -> None:
+    ended = Summary(outcome="complete", step=1, resume_step=0, seconds=1.0, tokens_per_second=None)
+    first = run.start()
+    assert run.store.backends(run.lease.sweep_id) == {}
+    run.end(first, "WAITING", cause="killed")  # left no summary
+    assert run.store.backends(run.lease.sweep_id) == {}
+    for backend in ("transformer_engine", "local"):
+        run.end(run.start(), "WAITING", summary=ended.model_copy(update={"backend": backend}))
+    assert run.store.backends(run.lease.sweep_id) == {run.fingerprint: ("local", "transformer_engine")}
+    assert [row.provenance.get("backend") for row in run.store.attempts(run.fingerprint)] == [
+        None, "transformer_engine", "local",
+    ]  # fmt: skip
+
+
 def test_a_retry_is_the_next_attempt(run: Run) -> None:
     first = run.start()
     run.end(first, "WAITING", cause="killed")
