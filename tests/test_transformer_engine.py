@@ -4,6 +4,7 @@ On a CPU, by Transformer Engine's own Python over a stand-in for its kernels (``
 Prints the largest difference of every comparison: ``pytest -s tests/test_transformer_engine.py``.
 """
 
+import itertools
 import math
 from pathlib import Path
 
@@ -63,6 +64,8 @@ SHARDED = {
     kind: CASES[kind]
     for kind in ("baseline", "sdpa-elementwise-hidden", "value-shared", "dense-elementwise-hidden", "baseline, sinks")
 }
+SHARDED_EXPERTS = "sdpa-headwise-hidden, experts"
+"""Over tensor-parallel ranks Megatron has experts under sequence parallelism only."""
 
 
 # -- in processes of their own --------------------------------------------------------------------------------
@@ -122,11 +125,11 @@ def difference(local, other):
     return relative_error(ours, theirs), relative_error(gradients[worst], expected[worst]), worst
 
 
-def initial(trial):
+def initial(trial, layout=None):
     """Whether both back ends draw the same weights, and count the same parameters."""
     from models import layer_specs
 
-    local, other = built(trial, "local"), built(trial, "transformer_engine")
+    local, other = built(trial, "local", layout), built(trial, "transformer_engine", layout)
     named = dict(local.named_parameters())
     same = all(bool((parameter == named[name]).all()) for name, parameter in by_local_name(other).items())
     return same, layer_specs.num_parameters(local) == layer_specs.num_parameters(other)
@@ -223,11 +226,13 @@ def on_two_ranks(rank, folder):
 
     World.join(rank, Layout(tensor=2), "cpu", f"file://{folder}/meet")
     found = {}
-    for kind, trial in SHARDED.items():
-        for sequence_parallel in (False, True):
-            local, other = twins(trial, Layout(tensor=2, sequence_parallel=sequence_parallel))
-            marks = [{name for name, p in by_local_name(model).items() if marked(p)} for model in (local, other)]
-            found[kind, sequence_parallel] = (difference(local, other), *marks)
+    for kind, sequence_parallel in [*itertools.product(SHARDED, (False, True)), (SHARDED_EXPERTS, True)]:
+        models = twins(CASES[kind], Layout(tensor=2, sequence_parallel=sequence_parallel))
+        found[kind, sequence_parallel] = {
+            "difference": difference(*models),
+            "marked": [{name for name, p in by_local_name(model).items() if marked(p)} for model in models],
+            "initial": initial(CASES[kind], Layout(tensor=2, sequence_parallel=sequence_parallel)),
+        }
     return found
 
 
@@ -325,16 +330,23 @@ def test_a_checkpoint_of_one_back_end_goes_on_with_the_other(one_rank, kind, bac
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 def test_two_tensor_parallel_ranks_do_what_local_ones_do(two_ranks, sequence_parallel):
     for found in two_ranks:
-        own = {kind: row for (kind, parallel), (row, _, _) in found.items() if parallel == sequence_parallel}
+        own = {kind: row["difference"] for (kind, parallel), row in found.items() if parallel == sequence_parallel}
         report(f"TE against local, TP=2{' + SP' if sequence_parallel else ''}", own)
         assert not {kind: row for kind, row in own.items() if not max(row[:2]) < TOLERANCE}
 
 
 @needs_sources
 def test_the_same_gradients_are_summed_over_parts_of_the_sequence(two_ranks):
-    for (_, sequence_parallel), (_, local, other) in two_ranks[0].items():
+    for (_, sequence_parallel), row in two_ranks[0].items():
+        local, other = row["marked"]
         assert local == other
         assert bool(local) == sequence_parallel
+
+
+@needs_sources
+def test_two_ranks_draw_and_count_what_local_ones_do(two_ranks):
+    for found in two_ranks:
+        assert all(row["initial"] == (True, True) for row in found.values())
 
 
 FP8_RECIPES = {

@@ -49,8 +49,9 @@ class DrawnGroupedExperts(TEGroupedMLP):  # type: ignore[misc]
             if local is None:
                 init_method(torch.empty(shape))
                 continue
+            weight = getattr(linear, f"weight{local}")
             _initialize_affine_weight_cpu(
-                getattr(linear, f"weight{local}"),
+                weight,
                 *shape,
                 shape[cut] // tensor.size(),
                 cut,
@@ -59,7 +60,8 @@ class DrawnGroupedExperts(TEGroupedMLP):  # type: ignore[misc]
                 params_dtype=config.params_dtype,
                 rank=tensor.rank(),
                 world_size=tensor.size(),
-                skip_set_tensor_parallel_attributes=True,
+                # Unmarked where Megatron hides the cut from Transformer Engine: norms and counts would miss a part.
+                skip_set_tensor_parallel_attributes=hasattr(weight, "tensor_model_parallel"),
             )
 
 
