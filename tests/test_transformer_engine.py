@@ -189,6 +189,25 @@ def carried_over(trial, backend, folder):
     return differing, abs(ours - theirs) / theirs
 
 
+def probed(trial):
+    """What diagnostics say of both models, the same but for rounding: the largest difference of a number."""
+    import torch
+
+    from models import device
+    from models.diagnostics import probe
+
+    tokens, _ = small_batch()
+    batch = {"tokens": tokens, "position_ids": torch.arange(tokens.shape[1]).expand_as(tokens)}
+    with device.on("cpu"):
+        local, other = (probe(model, batch) for model in twins(trial))
+
+    def numbers(found):
+        layers = zip(found.max_activation, found.gate_scores["sdpa"].mean, found.first_token_attention, strict=True)
+        return torch.tensor([[largest, score, *heads] for largest, score, heads in layers])
+
+    return relative_error(numbers(other), numbers(local))
+
+
 def bf16(trial):
     return trial.model_copy(update={"precision": "bf16"})
 
@@ -216,6 +235,7 @@ def on_one_rank(rank, folder):
             for number, kind in enumerate(STORED)
             for backend in OTHER
         },
+        "diagnostics": probed(CASES["sdpa-elementwise-hidden"]),
         "fp8": fp8_models(),
     }
 
@@ -324,6 +344,11 @@ def test_a_checkpoint_of_one_back_end_goes_on_with_the_other(one_rank, kind, bac
     differing, next_loss = one_rank["checkpoints"][kind, backend]
     assert not differing
     assert next_loss < 1e-6
+
+
+@needs_sources
+def test_diagnostics_see_the_same_numbers(one_rank):
+    assert one_rank["diagnostics"] < TOLERANCE
 
 
 @needs_sources

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer import ModuleSpec
@@ -14,6 +15,11 @@ from models.core_attention import SinkCoreAttention, TorchCoreAttention
 from models.layer_specs.experts import with_drawn_experts
 from models.norms import RMSNorm
 from models.residual import NormalisedAdd
+
+
+def attention_options(model: ModelConfig, gates: Sequence[GateConfig]) -> dict[str, Any]:
+    """What GatedSelfAttention takes beside Megatron's own, on every back end."""
+    return {"gate_configs": tuple(gates), "sdpa_output": model.sdpa_output}
 
 
 def layer_spec(model: ModelConfig, gates: Sequence[GateConfig], *, sequence_parallel: bool = False) -> ModuleSpec:
@@ -31,7 +37,7 @@ def layer_spec(model: ModelConfig, gates: Sequence[GateConfig], *, sequence_para
     gated = dataclasses.replace(
         attention,
         module=GatedSelfAttention,
-        params={**attention.params, "gate_configs": tuple(gates), "sdpa_output": model.sdpa_output},
+        params={**attention.params, **attention_options(model, gates)},
         submodules=inner,
     )
     submodules = dataclasses.replace(

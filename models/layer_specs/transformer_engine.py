@@ -19,6 +19,7 @@ from megatron.core.transformer import ModuleSpec
 from models.attention import GatedSelfAttention
 from models.config import FP8Config, GateConfig, ModelConfig
 from models.layer_specs.grouped_experts import with_drawn_grouped_experts
+from models.layer_specs.local import attention_options
 from models.residual import NormalisedAdd
 
 
@@ -51,8 +52,7 @@ def layer_spec(
         module=GatedSelfAttention,
         params={
             **attention.params,
-            "gate_configs": tuple(gates),
-            "sdpa_output": model.sdpa_output,
+            **attention_options(model, gates),
             "row_multiple": 1 if fp8 is None else fp8.multiple,
         },
         submodules=inner,
