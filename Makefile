@@ -12,6 +12,7 @@ export OMP_NUM_THREADS ?= 1
 quickstart: $(VENV)/installed
 	$(BIN)/gatesweep run sweeps/quickstart.yaml
 
+test: export GATESWEEP_TE_SOURCES := $(abspath $(VENV))/transformer-engine
 test: lint
 	$(BIN)/python -m pytest
 
