@@ -46,16 +46,17 @@ class _InProcessStrategy(TorchDistSaveShardedStrategy):  # type: ignore[misc]
         )
 
 
+def _metadata() -> dict[str, Any]:
+    return {**_METADATA, "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+
+
 def _state(chunks: Sequence[Any], optimizer: Any, *, is_loading: bool) -> dict[str, Any]:
     """Weights and moments as Megatron's sharded tensors, which know their place in the whole model.
 
     Nothing else of the optimizer: its groups follow from the trial, its number of updates is the step, and both look
     different on other layouts.
     """
-    metadata = {
-        **_METADATA,
-        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
-    }
+    metadata = _metadata()
     model = {
         f"model{i}": _without_extra_state(chunk.module.sharded_state_dict(metadata=metadata), chunk.config)
         for i, chunk in enumerate(chunks)
@@ -123,3 +124,11 @@ def _restore_moments(optimizer: Any, moments: dict[Any, Any], step: int) -> None
         own = moments if len(parts) == 1 else moments[number]
         state = {**own["state"], "common_step": torch.tensor(float(step))}
         part.load_state_dict({"state": state, "param_groups": part.state_dict()["param_groups"]})
+
+
+def load_weights(path: Path, model: Any) -> None:
+    """Fill a bare GPTModel, whatever layout and back end wrote the checkpoint; no optimizer, no random state."""
+    if not path.is_dir():
+        raise FileNotFoundError(f"checkpoint {path} does not exist")
+    state = _without_extra_state(model.sharded_state_dict(metadata=_metadata()), model.config)
+    _load_chunk(model, dist_checkpointing.load({"model": state}, str(path))["model"])

@@ -133,6 +133,8 @@ class AttemptSpec(_Line):
     resume_step: int = 0
     checkpoint_every_steps: int | None = None
     keep_checkpoints: int = Field(default=2, ge=1)
+    final_checkpoint: bool = False
+    """One more at the end of the schedule: what a finished trial is exported and measured from."""
     threads_per_rank: int = 1
     diagnostics: DiagnosticsConfig | None = DiagnosticsConfig()
 
@@ -232,6 +234,24 @@ def complete_checkpoints(attempt_dir: Path) -> Iterator[tuple[int, Path]]:
     paths = sorted(folder.glob("step_" + "[0-9]" * 8), reverse=True) if folder.exists() else []
     for path in paths:
         yield int(path.name.removeprefix("step_")), path
+
+
+def latest_checkpoint(trial_dir: Path) -> tuple[int, Path] | None:
+    """(step, path) of the furthest whole checkpoint of a trial; of equal ones the newest attempt's.
+
+    Not one that an attempt wrote after its successor had branched off: that is nobody's history.
+    """
+    best: tuple[int, Path] | None = None
+    visible = math.inf
+    for folder in sorted((trial_dir / "attempts").glob("[0-9]*-*"), reverse=True):
+        if not (folder / "attempt.json").exists():
+            continue
+        for step, path in complete_checkpoints(folder):
+            if step <= visible and (best is None or step > best[0]):
+                best = (step, path)
+                break
+        visible = min(visible, read_attempt_spec(folder).resume_step)
+    return best
 
 
 def log_tail(attempt_dir: Path, rank: int = 0, num_lines: int = 20, num_bytes: int = 16_384) -> str:

@@ -91,6 +91,8 @@ class _Attempt:
             if stop:
                 log.info("told to stop after step %d", self.step)
                 return "stopped"
+        if self.spec.final_checkpoint:
+            self._save()
         if self.trial.data.validation.full_at_end:
             self.journal.write(self.evaluator.measure(self.step, "full"))
         return "complete"

@@ -239,6 +239,7 @@ class Controller:
             resume_step=resume.step,
             checkpoint_every_steps=self.sweep.checkpoint.every_steps or -(-trial.config.train.num_steps // 10),
             keep_checkpoints=self.sweep.checkpoint.keep,
+            final_checkpoint=self.sweep.checkpoint.final,
             threads_per_rank=max(1, int(self.shape.cpus_per_rank)),
             diagnostics=self.sweep.diagnostics,
         )

@@ -174,6 +174,8 @@ class CheckpointConfig(Frozen):
     every_steps: Count | None = None
     """None: ten times over the schedule."""
     keep: Count = 2
+    final: bool = True
+    """One more at the end of the schedule: what a finished trial is exported and measured from."""
 
 
 class Settings(Frozen):
