@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 from orchestrator import report
-from orchestrator.cli import control
+from orchestrator.cli import control, trained
 from orchestrator.cli.home import Home, existing_store, has_store
 from orchestrator.plan import expand
 from orchestrator.store import Store
@@ -32,6 +32,7 @@ console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ e
 errors = Console(stderr=True)
 
 control.register(app, console)
+trained.register(app, console)
 
 USER_ERROR_EXIT = 2
 

@@ -2,6 +2,7 @@
 
 from orchestrator.report.formats import to_csv, to_json, to_markdown
 from orchestrator.report.listings import plan_table, status_table
+from orchestrator.report.measured import measured_table
 from orchestrator.report.results import results
 from orchestrator.report.tables import tabulate
 from orchestrator.report.terminal import ResultsView, to_text
@@ -14,6 +15,7 @@ __all__ = [
     "SweepHeading",
     "TrialResult",
     "VerdictTable",
+    "measured_table",
     "plan_table",
     "results",
     "status_table",
