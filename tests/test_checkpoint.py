@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import ranks
-from small_trials import corpus_trial, everything, metrics, new_attempt, summary_of, write_corpus
+from small_trials import corpus_trial, everything, metrics, new_attempt, small_trial, summary_of, write_corpus
 
 from models import run_dir
 from models.config import GateConfig, Layout
@@ -264,3 +264,52 @@ def test_saved_by_two_tensor_parallel_ranks_goes_on_with_one(world, corpus, tmp_
         expected = [record["loss_nats"] for record in metrics(undisturbed) if record["step"] > 3]
         found = [record["loss_nats"] for record in metrics(second)]
         assert found == pytest.approx(expected, rel=1e-4), trial.gate
+
+
+PIECES = [
+    (Layout(tensor=2), GATES["sdpa"], "cpu-tiny"),
+    (Layout(pipeline=2), GATES["sdpa"], "cpu-tiny"),
+    (Layout(expert=2, data=2), GATES["sdpa"], "cpu-moe-tiny"),
+]
+
+
+def whole_trial(gate, preset, seed):
+    return small_trial(gate, PRESETS[preset], seed=seed)
+
+
+def saved_in_pieces(rank, folder, home):
+    """The initial weights, which do not depend on the layout, as each layout saves them."""
+    from models import checkpoint, device, layer_specs
+    from models.trainer import World
+    from models.trainer.optimizer import wrap
+
+    for number, (layout, gate, preset) in enumerate(PIECES):
+        world = World.join(rank, layout, "cpu", f"file://{folder}/meet{number}")
+        with device.on("cpu"):
+            trial = whole_trial(gate, preset, seed=1)
+            device.seed_everything(trial.seed, "cpu")
+            chunks, optimizer = wrap(trial, layer_specs.build_chunks(trial, layout, "cpu"), "cpu")
+            checkpoint.save(home / str(number), 3, chunks, optimizer, keep=1)
+        world.leave()
+
+
+def test_the_weights_alone_are_read_whole_from_any_layout(world, tmp_path):
+    import torch
+
+    from models import checkpoint, device, layer_specs
+
+    ranks.run(saved_in_pieces, 2, tmp_path)
+    for number, (_, gate, preset) in enumerate(PIECES):
+        models = []
+        for seed in (1, 2):
+            device.seed_everything(seed, "cpu")
+            with device.on("cpu"):
+                models.append(layer_specs.build_model(whole_trial(gate, preset, seed), Layout(), "cpu"))
+        expected, loaded = models
+        assert not torch.equal(*(next(model.parameters()) for model in models))
+        path = run_dir.checkpoint_path(tmp_path / str(number), 3)
+        checkpoint.load_weights(path, loaded)
+        for (name, one), (_, other) in zip(expected.named_parameters(), loaded.named_parameters(), strict=True):
+            assert torch.equal(one, other), (number, name)
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
+        checkpoint.load_weights(tmp_path / "nowhere", loaded)

@@ -102,6 +102,15 @@ def test_provenance_says_which_code_ran_on_what(bench: Bench, plan: Plan):
     assert run_dir.read_trial_config(directory) == row.config
 
 
+@pytest.mark.parametrize(("overrides", "final"), [([], True), (["checkpoint.final=false"], False)])
+def test_the_end_of_a_trial_is_kept_unless_the_sweep_says_otherwise(bench: Bench, tmp_path, overrides, final: bool):
+    wanted = plan_of(tmp_path, overrides)
+    bench.run(wanted)
+    specs = sorted(bench.home.glob("trials/*/attempts/*"))
+    assert len(specs) == 2
+    assert [run_dir.read_attempt_spec(path).final_checkpoint for path in specs] == [final] * 2
+
+
 # -- retries ----------------------------------------------------------------------------------------------------
 
 

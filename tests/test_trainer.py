@@ -346,6 +346,29 @@ def test_a_missing_corpus_is_written_down(world, tmp_path):
     assert "CorpusError" in summary_of(spec).error
 
 
+@pytest.mark.parametrize(("final", "steps"), [(True, [5, 4]), (False, [4, 2])])
+def test_the_end_is_kept_when_asked_for_and_one_who_resumes_there_has_nothing_left_to_do(
+    world, corpus, tmp_path, final, steps
+):
+    from models.trainer import train
+
+    spec = new_attempt(tmp_path, corpus_trial(corpus), checkpoint_every_steps=2, final_checkpoint=final)
+    assert train(spec, world).outcome == "complete"
+    assert [step for step, _ in run_dir.complete_checkpoints(spec.attempt_dir)] == steps
+    step, path = run_dir.latest_checkpoint(spec.attempt_dir.parents[1])
+    again = new_attempt(
+        tmp_path,
+        corpus_trial(corpus),
+        number=2,
+        resume_checkpoint=str(path),
+        resume_step=step,
+        final_checkpoint=final,
+    )
+    summary = train(again, world)
+    assert (summary.outcome, summary.step) == ("complete", 5)
+    assert [record.step for record in steps_of(again)] == list(range(step + 1, 6))
+
+
 def test_bf16_on_a_cpu_is_refused_in_clear_words(world, corpus, tmp_path):
     from models.trainer import train
 
