@@ -7,6 +7,7 @@ rank: the ``world`` of the tests, or the one that ``main`` joins.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 import tempfile
@@ -173,10 +174,41 @@ def qwen3_next_attention() -> Difference:
     return Difference(relative_error(ours.transpose(0, 1), expected), max(errors))
 
 
+def megatrons_own_gate() -> Difference:
+    """The whole model with Megatron's ``attention_output_gate``, its own modules and core attention."""
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+    trial = small_trial(ELEMENTWISE)
+    architecture = export.architecture_of(trial, "qwen3-next", separator=0)
+    ours = build(trial)
+    with device.on("cpu"):
+        theirs = GPTModel(
+            config=dataclasses.replace(ours.config, attention_output_gate=True),
+            transformer_layer_spec=get_gpt_layer_local_spec(qk_layernorm=True, normalization="RMSNorm"),
+            vocab_size=trial.data.vocab_size,
+            max_sequence_length=trial.data.sequence_length,
+            share_embeddings_and_output_weights=True,
+            position_embedding_type="rope",
+            rotary_base=trial.model.rope_base,
+        )
+    theirs.load_state_dict(ours.state_dict())
+    tokens_BS, labels_BS = small_batch()
+    logits, gradients = [], []
+    for model in (ours, theirs):
+        logits.append(our_logits(model, tokens_BS))
+        weighted_loss(logits[-1], labels_BS).backward()
+        named = {name: weight.grad for name, weight in model.named_parameters()}
+        gradients.append(as_published(architecture, named))
+    errors = [relative_error(one, gradients[1][name]) for name, one in gradients[0].items()]
+    return Difference(relative_error(*logits), max(errors))
+
+
 # -- the list -----------------------------------------------------------------------------------------------------
 
 UNTIED = {"tied_embeddings": False, "rope_base": 1e6}
 PROOFS = [
+    Proof("model, G1 elementwise", "Megatron-Core's attention_output_gate", megatrons_own_gate),
     Proof("attention, G1 elementwise", "transformers Qwen3NextAttention", qwen3_next_attention),
     Proof(
         "model, G1 elementwise",
@@ -219,11 +251,14 @@ PROOFS = [
 
 
 def main() -> None:
+    from transformers.utils.logging import disable_progress_bar
+
     from models.config import Layout
     from models.trainer import World
 
     with tempfile.TemporaryDirectory() as folder:
         world = World.join(0, Layout(), "cpu", f"file://{folder}/meet")
+        disable_progress_bar()
         print("| what | against | outputs | gradients |\n|---|---|---:|---:|")
         for proof in PROOFS:
             found = proof.measure()
