@@ -17,6 +17,7 @@ from models import accounting, export
 from models.config import GateConfig, MoEConfig
 from models.export import folder as folders
 from models.export import forms
+from models.export.read_config import read_config
 from models.export.weights import weights, zeros
 
 PLAIN = SMALL.model_copy(update={"qk_norm": False})
@@ -50,7 +51,7 @@ def shape(architecture):
 @pytest.mark.parametrize(("form", "trial"), ALLOWED)
 def test_a_config_is_read_as_it_was_written(form, trial):
     written = export.architecture_of(trial, form, separator=7)
-    read = forms.read_config(json.loads(json.dumps(forms.config_json(written, "float32"))), "config.json")
+    read = read_config(json.loads(json.dumps(forms.config_json(written, "float32"))), "config.json")
     assert shape(read) == shape(written)
     assert read.form == form
     assert read.not_understood == ()
@@ -143,7 +144,7 @@ RELEASED = {
 )
 def test_the_released_checkpoints_have_the_published_sizes(changes, granularity, millions):
     """Counted twice: in closed form, and over the tensors that the folder must hold."""
-    architecture = forms.read_config(RELEASED | changes, "config.json")
+    architecture = read_config(RELEASED | changes, "config.json")
     assert (architecture.gate.granularity if architecture.gate else None) == granularity
     assert architecture.not_understood == ()
     count = accounting.parameters(architecture.model, architecture.gate, architecture.vocab_size)
@@ -169,7 +170,10 @@ NEXT_MOE = forms.config_json(export.architecture_of(small_trial(ELEMENTWISE, EXP
         (RELEASED, {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}}, "plain RoPE"),
         (RELEASED, {"headwise_attn_output_gate": True, "elementwise_attn_output_gate": True}, "both true"),
         (RELEASED, {"num_attention_heads": 12}, "must be a multiple of num_kv_heads"),
-        (RELEASED, {"head_dim": None}, "head_dim must be a number, got None"),
+        (RELEASED, {"head_dim": None}, "head_dim must be a positive integer, got None"),
+        (RELEASED, {"vocab_size": "152064"}, "vocab_size must be a positive integer, got '152064'"),
+        (RELEASED, {"rms_norm_eps": "1e-6"}, "norm_epsilon: Input should be a valid number"),
+        (RELEASED, {"eos_token_id": "<|endoftext|>"}, "eos_token_id must be an integer"),
         (RELEASED, {"layer_types": ["full_attention"] * 27}, "27 entries for num_hidden_layers 28"),
         (NEXT, {"layer_types": ["linear_attention", "full_attention"]}, "only full_attention is built"),
         (NEXT, {"layer_types": None}, "only full_attention is built"),
@@ -183,11 +187,16 @@ NEXT_MOE = forms.config_json(export.architecture_of(small_trial(ELEMENTWISE, EXP
 )
 def test_a_config_that_cannot_be_built_is_refused_with_the_reason(config, changes, reason):
     with pytest.raises(export.Refused, match=f"config.json: .*{reason}"):
-        forms.read_config(config | changes, "config.json")
+        read_config(config | changes, "config.json")
+
+
+def test_of_several_separators_the_first_is_taken():
+    assert read_config(RELEASED | {"eos_token_id": [151645, 151643]}, "c").separator == 151645
+    assert read_config(RELEASED | {"eos_token_id": None}, "c").separator is None
 
 
 def test_a_key_that_is_not_known_is_told():
-    assert forms.read_config(RELEASED | {"logit_softcap": 30.0}, "c").not_understood == ("logit_softcap",)
+    assert read_config(RELEASED | {"logit_softcap": 30.0}, "c").not_understood == ("logit_softcap",)
 
 
 # -- folders --------------------------------------------------------------------------------------------------

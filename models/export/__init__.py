@@ -2,7 +2,8 @@
 
 Read in this order:
 
-- ``forms``: the three forms of config.json, what each can express, and how each is read
+- ``forms``: the three forms of config.json, what each can express, how it is written
+- ``read_config``: a config.json to what can be built here
 - ``weights``: our tensors and the published ones that hold the same numbers
 - ``folder``: a folder written whole, and read with every tensor accounted for
 - ``byte_tokenizer``: the built-in tokenizer as a tokenizer.json

@@ -21,7 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from models.export.forms import Architecture, Refused, config_json, read_config
+from models.export.forms import Architecture, Refused, config_json
+from models.export.read_config import read_config
 from models.export.weights import Shape, Weight, weights, zeros
 from models.run_dir import write_json
 

@@ -17,7 +17,7 @@ from models.diagnostics import probe
 from models.run_dir import LayerDiagnostics
 from models.trainer import World
 from models.trainer.evaluate import Evaluator
-from models.verbs.one_rank import imported, newest_checkpoint, one_rank, restored
+from models.verbs.one_rank import fastest_device, imported, newest_checkpoint, one_rank, restored
 
 SplitName = Literal["slice", "full"]
 MICRO_BATCH_TOKENS = 2048
@@ -43,7 +43,7 @@ def diagnose_trial(trial_dir: Path, wanted: Wanted) -> dict[str, Any]:
         raise export.Refused("a trial is measured with its own tokenizer: its tokens have no other meaning")
     found = newest_checkpoint(trial_dir)
     data = _with(found.trial.data, wanted)
-    with one_rank() as world:
+    with one_rank(fastest_device()) as world:
         model = restored(found, world)
         told = {"trial": trial_dir.name, "step": found.step, "steps_planned": found.trial.train.num_steps, "notes": []}
         return told | _measure(found.trial.model_copy(update={"data": data}), model, world, wanted)
@@ -60,7 +60,7 @@ def diagnose_folder(directory: Path, wanted: Wanted) -> dict[str, Any]:
     separator = _separator(folder, tokenizer)
     length = wanted.sequence_length or min(architecture.context, CONTEXT)
     data = _with(DataConfig(tokenizer=name, vocab_size=tokenizer.vocab_size, sequence_length=length), wanted)
-    with one_rank() as world:
+    with one_rank(fastest_device()) as world:
         trial, model = imported(folder, length, world)
         _end_documents_with(model, tokenizer.eod, separator)
         notes = [f"config.json has keys unknown here, which were left out: {', '.join(architecture.not_understood)}"]

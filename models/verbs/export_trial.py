@@ -21,7 +21,7 @@ def export_trial(trial_dir: Path, form: export.Form, to: Path) -> str:
     tokenizer = load_tokenizer(trial.data.tokenizer)
     architecture = export.architecture_of(trial, form, separator=tokenizer.eod)
     files = _tokenizer_files(trial.data)
-    with one_rank() as world:
+    with one_rank("cpu") as world:
         export.write_folder(
             to,
             architecture,

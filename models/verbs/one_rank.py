@@ -31,9 +31,8 @@ class Checkpoint:
 
 
 @contextlib.contextmanager
-def one_rank() -> Iterator[World]:
-    """A world of this process alone, on CUDA where there is one."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+def one_rank(device: Literal["cpu", "cuda"]) -> Iterator[World]:
+    """A world of this process alone."""
     with tempfile.TemporaryDirectory() as folder:
         world = World.join(0, Layout(), device, f"file://{folder}/meet", num_threads=torch.get_num_threads())
         try:
@@ -41,6 +40,10 @@ def one_rank() -> Iterator[World]:
                 yield world
         finally:
             world.leave()
+
+
+def fastest_device() -> Literal["cpu", "cuda"]:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def newest_checkpoint(trial_dir: Path) -> Checkpoint:
@@ -54,10 +57,12 @@ def newest_checkpoint(trial_dir: Path) -> Checkpoint:
 
 
 def restored(found: Checkpoint, world: World, *, as_stored: bool = False) -> GPTModel:
-    """The trial's model with its weights; ``as_stored`` keeps bf16 on the CPU as well, where it cannot run."""
-    trial = found.trial
-    if world.device == "cpu" and not as_stored:
-        trial = trial.model_copy(update={"precision": "fp32"})
+    """The trial's model with its weights; ``as_stored`` keeps bf16 on the CPU as well, where it cannot run.
+
+    Of Megatron's own modules, whose names of tensors checkpoints of every back end share.
+    """
+    bf16 = found.trial.precision != "fp32" and (world.device == "cuda" or as_stored)
+    trial = found.trial.model_copy(update={"precision": "bf16" if bf16 else "fp32"})
     model = layer_specs.build_model(trial, world.layout, world.device)
     checkpoint.load_weights(found.path, model)
     return model
