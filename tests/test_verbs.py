@@ -9,10 +9,10 @@ import json
 import numpy as np
 import pytest
 from rich.console import Console
-from small_trials import corpus_trial, new_attempt, write_corpus
+from small_trials import corpus_trial, new_attempt, small_trial, write_corpus
 
 from models import run_dir
-from models.config import GateConfig
+from models.config import GateConfig, TrialConfig
 from models.export import FORMS
 from models.presets import PRESETS
 from orchestrator import report
@@ -120,6 +120,25 @@ def test_a_trial_is_found_by_the_beginning_of_its_fingerprint(trained, gatesweep
     code, _, err = gatesweep("diagnose", "nowhere")
     assert code == 2
     assert "begins with 'nowhere'" in err
+
+
+@pytest.mark.parametrize(
+    ("trained", "bf16", "read"),
+    [
+        ("fp32", True, "fp32"),
+        ("bf16", True, "bf16"),
+        ("bf16", False, "fp32"),
+        ("fp8", True, "bf16"),
+        ("fp8", False, "fp32"),
+    ],
+)
+def test_weights_are_read_in_a_precision_that_any_machine_has(trained, bf16, read):
+    from models.verbs.one_rank import in_plain_precision
+
+    trial = TrialConfig.model_validate(small_trial().model_dump() | {"precision": trained})
+    assert (trial.fp8 is not None) == (trained == "fp8")
+    plain = in_plain_precision(trial, bf16=bf16)
+    assert (plain.precision, plain.fp8) == (read, None)
 
 
 def test_the_table_has_a_row_a_layer_and_what_the_papers_table_gives():

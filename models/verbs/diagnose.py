@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,9 +15,8 @@ from models import corpus, export, layer_specs
 from models.config import DataConfig, TrialConfig
 from models.corpus.tokens import Tokenizer, load_tokenizer
 from models.diagnostics import probe
-from models.run_dir import LayerDiagnostics
-from models.trainer import World
-from models.trainer.evaluate import Evaluator
+from models.run_dir import LayerDiagnostics, finite_or_none
+from models.trainer import World, passes
 from models.verbs.one_rank import fastest_device, imported, newest_checkpoint, one_rank, restored
 
 SplitName = Literal["slice", "full"]
@@ -116,7 +116,17 @@ def _measure(trial: TrialConfig, model: GPTModel, world: World, wanted: Wanted) 
     """``trial`` names the data; its training part is not looked at."""
     prepared = corpus.prepare(trial.data, wanted.data_dir)
     micro_batch = max(1, MICRO_BATCH_TOKENS // trial.data.sequence_length)
-    found = Evaluator(trial, prepared, [model], world, micro_batch).measure(0, wanted.split)
+    windows = corpus.validation_batches(prepared, trial.data, wanted.split, batch_sequences=micro_batch)
+    nats = passes.run(
+        [model.eval()],
+        lambda: _on_device(windows, world),
+        passes.sum_loss,
+        num_micro_batches=len(windows),
+        micro_batch_sequences=micro_batch,
+        sequence_length=trial.data.sequence_length,
+        forward_only=True,
+    )
+    total = float(torch.stack(nats).sum())
     seen, num_sequences = _look_inside(trial, model, prepared, world, micro_batch, wanted.split)
     return {
         "model": trial.model.model_dump(mode="json"),
@@ -125,10 +135,10 @@ def _measure(trial: TrialConfig, model: GPTModel, world: World, wanted: Wanted) 
         "corpus": trial.data.corpus,
         "split": wanted.split,
         "sequence_length": trial.data.sequence_length,
-        "loss_nats": found.loss_nats,
-        "bits_per_byte": found.bits_per_byte,
-        "num_tokens": found.num_tokens,
-        "num_bytes": found.num_bytes,
+        "loss_nats": finite_or_none(total / windows.num_tokens),
+        "bits_per_byte": finite_or_none(windows.bits_per_byte(total)),
+        "num_tokens": windows.num_tokens,
+        "num_bytes": windows.num_bytes,
         "probe_sequences": num_sequences,
         "diagnostics": seen.model_dump(mode="json"),
     }
@@ -141,5 +151,9 @@ def _look_inside(
     content = prepared.split("slice" if split == "slice" else "validation")
     num_sequences = max(1, min(at_most, content.num_tokens // trial.data.sequence_length))
     windows = corpus.validation_batches(prepared, trial.data, split, batch_sequences=num_sequences)
-    batch = {name: tensor.to(world.device) for name, tensor in next(iter(windows)).items()}
-    return probe(model, batch), num_sequences
+    return probe(model, next(_on_device(windows, world))), num_sequences
+
+
+def _on_device(windows: corpus.ValidationBatches, world: World) -> Iterator[corpus.Batch]:
+    for batch in windows:
+        yield {name: tensor.to(world.device) for name, tensor in batch.items()}

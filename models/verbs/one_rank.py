@@ -61,11 +61,16 @@ def restored(found: Checkpoint, world: World, *, as_stored: bool = False) -> GPT
 
     Of Megatron's own modules, whose names of tensors checkpoints of every back end share.
     """
-    bf16 = found.trial.precision != "fp32" and (world.device == "cuda" or as_stored)
-    trial = found.trial.model_copy(update={"precision": "bf16" if bf16 else "fp32"})
+    trial = in_plain_precision(found.trial, bf16=world.device == "cuda" or as_stored)
     model = layer_specs.build_model(trial, world.layout, world.device)
     checkpoint.load_weights(found.path, model)
     return model
+
+
+def in_plain_precision(trial: TrialConfig, *, bf16: bool) -> TrialConfig:
+    """fp32, or bf16 where that is allowed and was trained in: FP8 is a way to multiply, its weights are bf16."""
+    precision = "bf16" if bf16 and trial.precision != "fp32" else "fp32"
+    return trial.model_copy(update={"precision": precision, "fp8": None})
 
 
 def imported(folder: export.PublishedFolder, sequence_length: int, world: World) -> tuple[TrialConfig, GPTModel]:
