@@ -362,6 +362,8 @@ class Layout(Frozen):
     """Copies of all of this, each of which takes its share of the batch."""
     sequence_parallel: bool = False
     """Between its matrix products, a layer keeps 1/tensor of the sequence on each of the tensor ranks."""
+    distributed_optimizer: bool = False
+    """Each data-parallel rank keeps and moves its part of the optimizer's state. On CUDA it is so in any case."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations computed anew in the backward pass: none, those of core attention, or all but each layer's input."""
 

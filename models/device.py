@@ -25,7 +25,10 @@ _FACTORIES = frozenset(
 
 
 class CudaFactoriesOnCpu(TorchFunctionMode):
-    """Sends tensor factories that were called with ``device="cuda"`` to the CPU, and leaves there what asks to go."""
+    """Sends tensor factories that were called with ``device="cuda"`` to the CPU, and leaves there what asks to go.
+
+    Tensors give their type as CUDA's: Megatron's distributed optimizer knows its parameters by that name.
+    """
 
     def __torch_function__(
         self,
@@ -36,6 +39,8 @@ class CudaFactoriesOnCpu(TorchFunctionMode):
     ) -> Any:
         if func is torch.Tensor.cuda:
             return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            return func(*args).replace("torch.", "torch.cuda.")
         if kwargs and func in _FACTORIES and str(kwargs.get("device", "")).startswith("cuda"):
             kwargs = {**kwargs, "device": "cpu"}
         return func(*args, **(kwargs or {}))

@@ -189,6 +189,14 @@ def _flat(content: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, content
 
 
+def checkpoint_tensors(checkpoint: Path) -> dict[str, Any]:
+    """Every tensor in a checkpoint by its path, as numpy's: weights and the optimizer's moments."""
+    from megatron.core import dist_checkpointing
+
+    tensors = dist_checkpointing.load_plain_tensors(str(checkpoint))
+    return {path: tensor.numpy() for path, tensor in _flat(tensors) if hasattr(tensor, "numpy")}
+
+
 def steps_of(spec: AttemptSpec) -> list[StepRecord]:
     return [record for record in run_dir.read_records(spec.attempt_dir)[0] if isinstance(record, StepRecord)]
 

@@ -105,8 +105,12 @@ class _Attempt:
         devices.seed_everything(trial.seed, world.device)
         self.backend = layer_specs.choose_backend(trial, spec.backend, world.device)
         chunks = layer_specs.build_chunks(trial, world.layout, world.device, self.backend)
+        # A stage draws no more than it must; from here on the random state does not depend on the layout.
+        devices.seed_everything(trial.seed, world.device)
         self.num_parameters = layer_specs.num_parameters(chunks)
-        self.chunks, self.optimizer = wrap(trial, chunks, world.device)
+        self.chunks, self.optimizer = wrap(
+            trial, chunks, world.device, distributed_optimizer=world.layout.distributed_optimizer
+        )
         self.micro_batch = spec.micro_batch_sequences or trial.batch_sequences // world.layout.data
         self.batches = corpus.TrainBatches(
             corpus.train_dataset(
@@ -122,7 +126,7 @@ class _Attempt:
         if spec.resume_checkpoint is not None:
             step = checkpoint.load(Path(spec.resume_checkpoint), self.chunks, self.optimizer)
             if step != spec.resume_step:
-                raise RuntimeError(
+                raise checkpoint.CheckpointError(
                     f"checkpoint {spec.resume_checkpoint} holds step {step}, expected {spec.resume_step}"
                 )
         log.info(

@@ -17,16 +17,19 @@ from models.config import TrialConfig
 from models.diagnostics import UpdateWatch
 
 
-def wrap(trial: TrialConfig, chunks: Sequence[GPTModel], device: str) -> tuple[list[DistributedDataParallel], Any]:
-    """Each chunk in Megatron's DDP, and the optimizer of all: the distributed one on CUDA, the plain one on CPU."""
+def wrap(
+    trial: TrialConfig, chunks: Sequence[GPTModel], device: str, *, distributed_optimizer: bool = False
+) -> tuple[list[DistributedDataParallel], Any]:
+    """Each chunk in Megatron's DDP, and the optimizer of all: on CUDA always the distributed one."""
     on_cuda = device == "cuda"
+    distributed_optimizer |= on_cuda
     mixed = trial.precision != "fp32"
     if mixed and not on_cuda:
         raise ValueError(
             f"precision {trial.precision} needs a CUDA device: Megatron's optimizer for it takes no CPU tensors"
         )
     ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=on_cuda, overlap_grad_reduce=False
+        grad_reduce_in_fp32=True, use_distributed_optimizer=distributed_optimizer, overlap_grad_reduce=False
     )
     wrapped = []
     for chunk in chunks:
@@ -43,7 +46,7 @@ def wrap(trial: TrialConfig, chunks: Sequence[GPTModel], device: str) -> tuple[l
         adam_eps=train.epsilon,
         bf16=mixed,
         params_dtype=torch.bfloat16 if mixed else torch.float32,
-        use_distributed_optimizer=on_cuda,
+        use_distributed_optimizer=distributed_optimizer,
         clip_grad=0.0,  # clipped in ``update``, so that a non-finite gradient never reaches the weights
     )
     # Any match exempts a parameter: one-dimensional ones are norms, biases and sink logits.
