@@ -1,6 +1,9 @@
 """Killed and resumed equals undisturbed, bit for bit; a checkpoint that has its name is whole."""
 
+import json
 import os
+import re
+import shutil
 import signal
 from pathlib import Path
 
@@ -282,3 +285,125 @@ def test_the_weights_alone_are_read_whole_from_any_layout(world, tmp_path):
             assert torch.equal(one, other), (number, name)
     with pytest.raises(checkpoint.CheckpointError, match="nowhere does not exist"):
         checkpoint.load_weights(tmp_path / "nowhere", loaded)
+
+
+# -- torn -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def whole(world, corpus, tmp_path_factory):
+    """A checkpoint of step 2; each test takes a copy."""
+    from models.trainer import train
+
+    spec = new_attempt(tmp_path_factory.mktemp("whole"), corpus_trial(corpus, steps=STEPS))
+    train(spec, world, stop_after(2))
+    return run_dir.checkpoint_path(spec.attempt_dir, 2)
+
+
+def cut(path):
+    with path.open("r+b") as stream:
+        stream.truncate(path.stat().st_size - 1)
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+FILES = {"tensors": "__0_0.distcp", "index": ".metadata", "common": "common.pt", "backend": "metadata.json"}
+TORN = {
+    "missing": (Path.unlink, "{file} is missing"),
+    "cut": (cut, r"{file} has [\d,]+ bytes of [\d,]+"),
+    "a flipped bit": (flip_a_bit, "{file} has the checksum [0-9a-f]{{8}} instead of [0-9a-f]{{8}}"),
+}
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("how", TORN)
+def test_a_torn_checkpoint_is_told_by_path_and_fault(world, corpus, whole, tmp_path, file, how):
+    from models.checkpoint import CheckpointError
+    from models.trainer import train
+
+    tear, fault = TORN[how]
+    copy = shutil.copytree(whole, tmp_path / "step_00000002")
+    tear(copy / FILES[file])
+    trial = corpus_trial(corpus, steps=STEPS)
+    spec = new_attempt(tmp_path, trial, 2, resume_checkpoint=str(copy), resume_step=2)
+    told = re.escape(f"checkpoint {copy} is torn: ") + fault.format(file=re.escape(FILES[file]))
+    with pytest.raises(CheckpointError, match=f"^{told}$"):
+        train(spec, world)
+    assert summary_of(spec).error.startswith("CheckpointError: ")
+
+
+def test_every_file_is_in_the_manifest(whole):
+    listed = json.loads((whole / "manifest.json").read_text())["files"]
+    assert {*listed, "manifest.json"} == {path.name for path in whole.iterdir()}
+    assert set(FILES.values()) == set(listed)
+
+
+@pytest.mark.parametrize(
+    ("manifest", "told"),
+    [
+        (None, "has no manifest.json: it is torn, or of a version that wrote none"),
+        ('{"files": {"__0_0.d', "is torn: manifest.json is not readable"),
+        ("{}", "is torn: manifest.json is not readable"),
+    ],
+)
+def test_a_checkpoint_without_a_readable_manifest_is_refused(world, corpus, whole, tmp_path, manifest, told):
+    """Also one of a version before there were manifests: nothing tells whether it is whole."""
+    from models.checkpoint import CheckpointError
+    from models.trainer import train
+
+    copy = shutil.copytree(whole, tmp_path / "step_00000002")
+    (copy / "manifest.json").unlink()
+    if manifest is not None:
+        (copy / "manifest.json").write_text(manifest)
+    trial = corpus_trial(corpus, steps=STEPS)
+    spec = new_attempt(tmp_path, trial, 2, resume_checkpoint=str(copy), resume_step=2)
+    with pytest.raises(CheckpointError, match=re.escape(told)):
+        train(spec, world)
+
+
+def test_another_trials_checkpoint_is_refused(world, corpus, whole, tmp_path):
+    """Here one without the gate's weights, which are asked for."""
+    from models.checkpoint import CheckpointError
+    from models.trainer import train
+
+    trial = corpus_trial(corpus, GATES["dense"], STEPS)
+    spec = new_attempt(tmp_path, trial, resume_checkpoint=str(whole), resume_step=2)
+    with pytest.raises(CheckpointError, match="does not hold this trial's model"):
+        train(spec, world)
+
+
+def test_all_is_on_the_disk_before_the_checkpoint_has_its_name(world, corpus, tmp_path, monkeypatch):
+    from models import checkpoint
+    from models.trainer import train
+
+    spec = new_attempt(tmp_path, corpus_trial(corpus, steps=STEPS))
+    events = []
+    sync, rename = checkpoint._sync, os.replace
+    monkeypatch.setattr(checkpoint, "_sync", lambda path: events.append(path.name) or sync(path))
+    monkeypatch.setattr(checkpoint.os, "replace", lambda old, new: events.append("rename") or rename(old, new))
+    train(spec, world, stop_after(2))
+    before, after = events[: events.index("rename")], events[events.index("rename") + 1 :]
+    assert set(before[:-2]) == set(FILES.values())
+    assert before[-2:] == ["manifest.json", ".step_00000002"]
+    assert after == ["checkpoints"]
+
+
+def test_a_full_disk_is_an_error_that_handlers_see(world, corpus, tmp_path, monkeypatch):
+    """torch raises what a writer met as a BaseException, which would end the rank without its summary."""
+    from torch.distributed.checkpoint import filesystem
+
+    from models.trainer import train
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(filesystem.FileSystem, "create_stream", full)
+    spec = new_attempt(tmp_path, corpus_trial(corpus, steps=STEPS), checkpoint_every_steps=1)
+    with pytest.raises(OSError, match=r"could not be written: .*No space left on device"):
+        train(spec, world)
+    assert summary_of(spec).error.startswith("OSError: checkpoint ")
+    assert not list(run_dir.complete_checkpoints(spec.attempt_dir))

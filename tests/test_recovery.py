@@ -171,6 +171,50 @@ def test_a_rank_killed_in_the_middle_costs_an_attempt_and_no_bit(
     assert home.result(DIVERGES) == undisturbed[DIVERGES]
 
 
+STAGES = ("resources.layout.pipeline=2", "resources.micro_batch_sequences=2", "train.tokens=25600")
+
+
+def test_stages_that_are_killed_and_a_torn_checkpoint_cost_the_steps_since_the_one_before(
+    cluster: Cluster, tmp_path: Path
+):
+    """100 steps of two pipeline stages: killed after 50, and the newest of their checkpoints cut short."""
+    text = SWEEP.replace("[3e-3, 30.0]", "[3e-3]")
+    calm, home = Home(tmp_path / "calm", text, STAGES), Home(tmp_path / "struck", text, STAGES)
+    calm.run(OneGang(cluster))
+    watcher, torn = Watcher(), []
+    with home.controller(OneGang(cluster), watcher) as controller:
+
+        def strike() -> None:
+            (attempt,) = controller.running
+            for member in attempt.gang.members:
+                os.kill(member["pid"], signal.SIGKILL)
+            (folder,) = (home.folder / "runs").glob("trials/*/attempts/001-*")
+            wait_for(lambda: not any(is_running(member["pid"]) for member in attempt.gang.members), "the ranks' end")
+            step, newest = next(run_dir.complete_checkpoints(folder))
+            os.truncate(newest / "__1_0.distcp", 100)
+            torn.append((step, newest))
+
+        watcher.on_tick = when_it_has_done(50, strike)
+        controller.run()
+    row = home.trial(LEARNS)
+    first, second, third = home.store.attempts(row.fingerprint)
+    ((step, newest),) = torn
+    assert (row.state, first.cause, second.cause) == ("COMPLETE", "rank_died", "corrupt_checkpoint")
+    assert (second.resume_step, third.resume_step) == (step, step - 20)
+    assert f"CheckpointError: checkpoint {newest} is torn: __1_0.distcp has 100 bytes" in (second.reason or "")
+    assert home.result(LEARNS) == calm.result(LEARNS)
+    calm.store.close()
+    home.store.close()
+
+
+def is_running(pid: int) -> bool:
+    """Neither gone nor a zombie that Ray has yet to collect."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
 def test_a_preempted_rank_checkpoints_and_its_trial_goes_on_from_there(
     home: Home, cluster: Cluster, undisturbed: dict[str, Result]
 ):
