@@ -6,7 +6,7 @@ import pytest
 from small_trials import KINDS, SMALL, SMALL_VOCABULARY, VOCABULARY, shape_of, small_trial
 
 from models import accounting
-from models.config import Layout
+from models.config import GateConfig, Layout
 from models.presets import PRESETS
 
 
@@ -60,9 +60,23 @@ def test_num_parameters_counts_every_parameter_of_one_rank(world):
             assert layer_specs.num_parameters(model) == accounting.parameters(SMALL, gate, SMALL_VOCABULARY)
 
 
-@pytest.mark.parametrize("preset", ["cpu-tiny", "cpu-moe-tiny"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_closed_form_flops_are_those_of_a_real_forward_pass(world, preset, kind):
+OTHER_PLACES = tuple(GateConfig(position=place) for place in ("value", "key", "query", "dense"))
+
+
+def flop_trials():
+    for preset in ("cpu-tiny", "cpu-moe-tiny"):
+        for kind, gate in KINDS.items():
+            yield f"{preset}, {kind}", shape_of(preset, gate)
+        first = shape_of(preset, GateConfig(position="sdpa"))
+        yield f"{preset}, everywhere", first.model_copy(update={"more_gates": OTHER_PLACES})
+
+
+FLOP_TRIALS = dict(flop_trials())
+
+
+@pytest.mark.parametrize("name", FLOP_TRIALS)
+def test_closed_form_flops_are_those_of_a_real_step(world, name):
+    """Forward and backward pass each by itself."""
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
@@ -70,18 +84,20 @@ def test_closed_form_flops_are_those_of_a_real_forward_pass(world, preset, kind)
     from models import device, layer_specs
     from models.trainer import passes
 
-    trial = shape_of(preset, KINDS[kind])
-    sequence = 64
+    trial, sequence = FLOP_TRIALS[name], 64
     with device.on("cpu"):
         model = layer_specs.build_model(trial, Layout(), "cpu")
-        tokens = torch.zeros(2, sequence, dtype=torch.int64)
+        tokens = torch.arange(2 * sequence).view(2, sequence)
         batch = {"tokens": tokens, "labels": tokens, "position_ids": torch.arange(sequence).expand_as(tokens)}
-        # The counter knows matrix products, not the CPU's fused attention.
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            passes.token_losses(model, batch)
-    counted = counter.get_total_flops() / tokens.numel()
-    closed_form = accounting.forward_flops_per_token(trial.model, trial.gate, VOCABULARY, sequence)
-    assert counted == pytest.approx(closed_form, rel=0.01)
+        # The counter knows matrix products, not the CPU's fused attention, which computes the weights twice besides.
+        with sdpa_kernel(SDPBackend.MATH):
+            with FlopCounterMode(display=False) as forward:
+                loss = passes.token_losses(model, batch).mean()
+            with FlopCounterMode(display=False) as backward:
+                loss.backward()
+    expected = accounting.flops_per_token(trial.model, trial.gates, VOCABULARY, sequence)
+    assert forward.get_total_flops() / tokens.numel() == pytest.approx(expected.forward, rel=0.01)
+    assert backward.get_total_flops() / tokens.numel() == pytest.approx(expected.backward, rel=0.01)
 
 
 def test_closed_form_parameters_count_every_gate_of_several(built):

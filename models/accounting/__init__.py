@@ -1,5 +1,6 @@
-"""What a model costs, in closed form and without torch: parameters, FLOPs, and FFN widths that match arms."""
+"""What a model costs, in closed form and without torch: parameters, FLOPs, memory, and FFN widths that match arms."""
 
+from models.accounting.accelerators import ACCELERATORS, Accelerator, AcceleratorName
 from models.accounting.flops import (
     FlopsPerToken,
     flops_per_token,
@@ -8,6 +9,15 @@ from models.accounting.flops import (
     utilisation,
 )
 from models.accounting.matching import default_ffn_multiple, match_ffn_size, match_ffn_size_for_flops
+from models.accounting.memory import (
+    GIB,
+    SPARE_FRACTION,
+    RankMemory,
+    fits,
+    fullest_rank,
+    largest_micro_batch,
+    rank_memory,
+)
 from models.accounting.parameters import (
     Gates,
     RankParameters,
@@ -19,18 +29,28 @@ from models.accounting.parameters import (
 )
 
 __all__ = [
+    "ACCELERATORS",
+    "GIB",
+    "SPARE_FRACTION",
+    "Accelerator",
+    "AcceleratorName",
     "FlopsPerToken",
     "Gates",
+    "RankMemory",
     "RankParameters",
     "active_parameters",
     "default_ffn_multiple",
+    "fits",
     "flops_per_token",
     "forward_flops_per_token",
+    "fullest_rank",
     "gate_parameters",
     "gate_score_width",
+    "largest_micro_batch",
     "match_ffn_size",
     "match_ffn_size_for_flops",
     "parameters",
+    "rank_memory",
     "rank_parameters",
     "training_flops_per_token",
     "utilisation",

@@ -1,0 +1,136 @@
+"""Bytes that one rank needs: weights, gradients, optimizer, activations, and working space; and what fits.
+
+Weights, gradients and optimizer states are exact. Activations are what autograd saves (``activations``), times the
+micro-batches that a pipeline stage has in flight: the first stage of 1F1B holds as many as there are stages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from models.accounting.activations import FP32, Saved
+from models.accounting.parameters import rank_parameters
+from models.config import Layout, TrialConfig
+
+GIB = 2**30
+SPARE_FRACTION = 0.1
+"""Of a device's memory, left for what is not modelled: the CUDA context, communication buffers, fragmentation."""
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes of one rank of pipeline stage ``stage``."""
+
+    stage: int
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    working: int
+    """The largest temporary that lives beside all activations."""
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.activations + self.working
+
+
+def fullest_rank(trial: TrialConfig, layout: Layout, micro_batch_sequences: int, device: str) -> RankMemory:
+    """The rank that needs most: on the first stage, which has most in flight, or the last, which has the logits."""
+    stages = range(layout.pipeline)
+    return max((rank_memory(trial, layout, micro_batch_sequences, device, s) for s in stages), key=lambda m: m.total)
+
+
+def rank_memory(
+    trial: TrialConfig, layout: Layout, micro_batch_sequences: int, device: str, stage: int = 0
+) -> RankMemory:
+    """Of a rank of pipeline stage ``stage`` (0-based) on ``cpu`` or ``cuda``."""
+    model, vocab_size = trial.model, trial.data.vocab_size
+    held = rank_parameters(model, trial.gates, vocab_size, layout, stage)
+    item = 2 if trial.precision == "bf16" else FP32
+    activations, working = _activations(trial, layout, micro_batch_sequences, device, stage)
+    return RankMemory(
+        stage=stage,
+        weights=item * held.total,
+        gradients=FP32 * held.total,
+        optimizer=_optimizer(held.shared, held.experts, layout, item, device),
+        activations=activations,
+        working=working,
+    )
+
+
+def _optimizer(shared: int, experts: int, layout: Layout, item: int, device: str) -> int:
+    """Adam's two moments, and with bf16 the master weights, all fp32; on CUDA cut over the data-parallel ranks."""
+    each = 2 * FP32 + (FP32 if item < FP32 else 0)
+    if device == "cpu":
+        return each * (shared + experts)
+    copies = layout.data * layout.context
+    expert_copies = layout.tensor * copies // (layout.expert * layout.expert_tensor)
+    return each * (-(-shared // copies) + -(-experts // expert_copies))
+
+
+def _activations(
+    trial: TrialConfig, layout: Layout, micro_batch_sequences: int, device: str, stage: int
+) -> tuple[int, int]:
+    model, sequence = trial.model, trial.data.sequence_length
+    item = 2 if trial.precision == "bf16" else FP32
+    saved = Saved(model, trial.gates, layout, sequence, item, on_cuda=device == "cuda")
+    positions = sequence / layout.context
+    tokens = micro_batch_sequences * positions
+    layer, is_last = saved.layer(), stage == layout.pipeline - 1
+    once = 0.0 if layout.recompute == "full" else saved.a_position() * positions
+    chunk = model.num_layers // (layout.pipeline * layout.virtual_pipeline)
+    of_a_chunk = chunk * (layer.kept(layout.recompute) * tokens + once)
+    of_a_chunk += 0.0 if layout.pipeline == 1 else saved.boundary() * tokens
+    num_micro_batches = max(1, trial.batch_sequences // (micro_batch_sequences * layout.data))
+    total = in_flight(layout, stage, num_micro_batches) * of_a_chunk
+    ends = saved.ends(trial.data.vocab_size) if is_last else 0.0
+    total += ends * tokens
+    total += 8 * tokens if stage == 0 else 0.0  # token ids, for the embedding's gradient
+    again = {
+        "none": 0.0,
+        "selective": layer.core_attention * tokens,
+        "full": layer.total * tokens + saved.a_position() * positions,
+    }
+    return round(total), round(again[layout.recompute] + _temporary(trial, layout, tokens, item, ends))
+
+
+def in_flight(layout: Layout, stage: int, num_micro_batches: int) -> int:
+    """Model chunks whose activations a stage holds at once: Megatron's warm-up, and the one it works on."""
+    after = layout.pipeline - stage - 1
+    more_chunks = layout.virtual_pipeline - 1
+    warm_up = 2 * after + more_chunks * layout.pipeline if more_chunks else after
+    return min(warm_up + 1, num_micro_batches * layout.virtual_pipeline)
+
+
+def _temporary(trial: TrialConfig, layout: Layout, tokens: float, item: int, ends: float) -> float:
+    """The larger of what two moments of the backward pass need: at the output layer its matrix's gradient and its
+    input's (the logits' own is written over the softmax, but with bf16 there is a copy in bf16); in the last FFN its
+    gradients, when ``ends`` bytes a token are free again."""
+    model, cut = trial.model, layout.tensor
+    ffn = (
+        max(0.0, item * 2 * model.ffn_size / cut - ends) * tokens + item * 2 * model.ffn_size * model.hidden_size / cut
+    )
+    if not ends:
+        return ffn
+    vocab_size = trial.data.vocab_size / cut
+    width = 2 * model.hidden_size + (vocab_size if item < FP32 else 0)
+    return max(ffn, item * (width * tokens + vocab_size * model.hidden_size))
+
+
+def micro_batches(trial: TrialConfig, layout: Layout) -> Iterator[int]:
+    """Sequences that a rank may take at once, most first: the divisors of its share of the batch."""
+    share = trial.batch_sequences // layout.data
+    yield from (size for size in range(share, 0, -1) if share % size == 0)
+
+
+def largest_micro_batch(trial: TrialConfig, layout: Layout, device: str, memory_bytes: float | None) -> int | None:
+    """The largest that fits, with SPARE_FRACTION left free; None when none does. Without a limit the whole share."""
+    for size in micro_batches(trial, layout):
+        if memory_bytes is None or fits(fullest_rank(trial, layout, size, device), memory_bytes):
+            return size
+    return None
+
+
+def fits(memory: RankMemory, memory_bytes: float) -> bool:
+    return memory.total <= (1 - SPARE_FRACTION) * memory_bytes
