@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from store_backends import postgres_server, store_url  # noqa: F401
 
+from models.accounting import rank_memory
 from models.config import DataConfig, Layout, TrainConfig, TrialConfig
 from models.presets import PRESETS
 from models.run_dir import StepRecord, ValidationRecord
@@ -59,6 +60,9 @@ def a_plan(
                 layout=Layout(),
                 num_parameters=1234,
                 training_flops=5678,
+                num_active_parameters=1234,
+                micro_batch_sequences=1,
+                memory=rank_memory(config, Layout(), 1, "cpu"),
             )
             trials.append(planned)
     return Plan(sweep, tuple(trials), refusals=())

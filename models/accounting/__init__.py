@@ -16,6 +16,7 @@ from models.accounting.memory import (
     fits,
     fullest_rank,
     largest_micro_batch,
+    micro_batches,
     rank_memory,
 )
 from models.accounting.parameters import (
@@ -49,6 +50,7 @@ __all__ = [
     "largest_micro_batch",
     "match_ffn_size",
     "match_ffn_size_for_flops",
+    "micro_batches",
     "parameters",
     "rank_memory",
     "rank_parameters",

@@ -27,7 +27,8 @@ class Accelerator:
     fp8: float | None = None
 
     def peak_flops(self, precision: str) -> float | None:
-        return {"bf16": self.bf16, "fp32": self.fp32, "fp8": self.fp8}[precision]
+        peak: float | None = {"bf16": self.bf16, "fp32": self.fp32, "fp8": self.fp8}[precision]
+        return peak
 
 
 ACCELERATORS: dict[AcceleratorName, Accelerator] = {

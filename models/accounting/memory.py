@@ -6,7 +6,6 @@ micro-batches that a pipeline stage has in flight: the first stage of 1F1B holds
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from models.accounting.activations import FP32, Saved
@@ -47,7 +46,7 @@ def rank_memory(
     """Of a rank of pipeline stage ``stage`` (0-based) on ``cpu`` or ``cuda``."""
     model, vocab_size = trial.model, trial.data.vocab_size
     held = rank_parameters(model, trial.gates, vocab_size, layout, stage)
-    item = 2 if trial.precision == "bf16" else FP32
+    item = FP32 if trial.precision == "fp32" else 2
     activations, working = _activations(trial, layout, micro_batch_sequences, device, stage)
     return RankMemory(
         stage=stage,
@@ -73,7 +72,7 @@ def _activations(
     trial: TrialConfig, layout: Layout, micro_batch_sequences: int, device: str, stage: int
 ) -> tuple[int, int]:
     model, sequence = trial.model, trial.data.sequence_length
-    item = 2 if trial.precision == "bf16" else FP32
+    item = FP32 if trial.precision == "fp32" else 2
     saved = Saved(model, trial.gates, layout, sequence, item, on_cuda=device == "cuda")
     positions = sequence / layout.context
     tokens = micro_batch_sequences * positions
@@ -118,14 +117,21 @@ def _temporary(trial: TrialConfig, layout: Layout, tokens: float, item: int, end
     return max(ffn, item * (width * tokens + vocab_size * model.hidden_size))
 
 
-def micro_batches(trial: TrialConfig, layout: Layout) -> Iterator[int]:
-    """Sequences that a rank may take at once, most first: the divisors of its share of the batch."""
-    share = trial.batch_sequences // layout.data
-    yield from (size for size in range(share, 0, -1) if share % size == 0)
+def micro_batches(trial: TrialConfig, layout: Layout) -> list[int]:
+    """Sequences that a rank may take at once, best first: the divisors of its share of the batch, most first.
+
+    Pipeline stages idle for (stages - 1) / micro-batches of a step: no size leaves fewer than four micro-batches a
+    stage, if the batch has as many. The interleaved schedule takes them by whole groups of stages.
+    """
+    share, stages = trial.batch_sequences // layout.data, layout.pipeline
+    group = stages if layout.virtual_pipeline > 1 else 1
+    sizes = [size for size in range(share, 0, -1) if share % size == 0 and share // size % group == 0]
+    busy = [size for size in sizes if share // size >= (4 * stages if stages > 1 else 1)]
+    return busy or sizes[-1:]
 
 
 def largest_micro_batch(trial: TrialConfig, layout: Layout, device: str, memory_bytes: float | None) -> int | None:
-    """The largest that fits, with SPARE_FRACTION left free; None when none does. Without a limit the whole share."""
+    """The largest that fits; None when none does. Without a limit the largest of all."""
     for size in micro_batches(trial, layout):
         if memory_bytes is None or fits(fullest_rank(trial, layout, size, device), memory_bytes):
             return size
@@ -133,4 +139,5 @@ def largest_micro_batch(trial: TrialConfig, layout: Layout, device: str, memory_
 
 
 def fits(memory: RankMemory, memory_bytes: float) -> bool:
+    """Whether SPARE_FRACTION is left free."""
     return memory.total <= (1 - SPARE_FRACTION) * memory_bytes

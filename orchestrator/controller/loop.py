@@ -21,6 +21,7 @@ from orchestrator.controller.running import RunningAttempt, trial_name, up_to
 from orchestrator.controller.snapshot import Snapshot, View
 from orchestrator.failures import DISK_FULL, HANG, PREEMPTED, Consequence, Ending, Wish, consequence
 from orchestrator.gang import Cluster, Gang, GangEnd, GangShape
+from orchestrator.plan import micro_batch_sizes
 from orchestrator.search import Search
 from orchestrator.store import STATES, FinishedIsFinal, Lease, LeaseHeld, Store, TrialRow, TrialTaken
 from orchestrator.sweep import Sweep, UserError
@@ -53,7 +54,10 @@ class Controller:
         self.shape = GangShape(resources.layout, resources.cpus, resources.gpus)
         self.pool = GangPool(cluster, self.shape, store, sweep_id, view)
         self.running: list[RunningAttempt] = []
-        self.search = Search(sweep.name, store.trials(sweep_id), sweep.prune.divergence)
+        trials = store.trials(sweep_id)
+        sizes = micro_batch_sizes([trial.config for trial in trials], resources)
+        self.micro_batches = {trial.fingerprint: size for trial, size in zip(trials, sizes, strict=True)}
+        self.search = Search(sweep.name, trials, sweep.prune.divergence)
         self.orders = Orders(store, sweep_id, resources)
         self.disk = DiskWatch(home)
         self.not_before: dict[str, float] = {}
@@ -232,7 +236,7 @@ class Controller:
             trial_dir=str(directory),
             data_dir=str(self.home / "data"),
             layout=self.shape.layout,
-            micro_batch_sequences=self.sweep.resources.micro_batch_sequences,
+            micro_batch_sequences=self.micro_batches[trial.fingerprint],
             device=self.shape.device,
             backend=self.sweep.resources.backend,
             resume_checkpoint=None if resume.checkpoint is None else str(resume.checkpoint),

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from models import accounting
+from models.accounting import RankMemory
 from models.config import Layout, TrialConfig
 from orchestrator.plan.cells import (
     CellError,
@@ -24,13 +25,14 @@ from orchestrator.plan.cells import (
     number_of_cells,
 )
 from orchestrator.plan.files import Files
+from orchestrator.plan.fit import memory_needed, memory_refusals, micro_batch_sizes
 from orchestrator.plan.refusals import refusals
 from orchestrator.plan.resolve import cell_config, matched
 from orchestrator.sweep import DocumentPath, Problems, Sweep, UserError
 
 MAX_TRIALS = 100_000
 
-__all__ = ["MAX_TRIALS", "Plan", "PlannedTrial", "Refusal", "expand"]
+__all__ = ["MAX_TRIALS", "Plan", "PlannedTrial", "Refusal", "expand", "micro_batch_sizes"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,12 @@ class PlannedTrial:
     num_parameters: int
     training_flops: int
     """Of the whole trial, validation not counted."""
+    num_active_parameters: int
+    """Those that one token uses; all of them without experts."""
+    micro_batch_sequences: int
+    """Sequences that a rank takes at once."""
+    memory: RankMemory
+    """Of the rank that needs most."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +107,7 @@ def expand(sweep: Sweep) -> Plan:
         except ValueError as error:
             reasons.append(f"match {sweep.match.by} is impossible: {error}")
         reasons += refusals(config, sweep.resources)
+        reasons = reasons or memory_refusals(config, sweep.resources, refusals)
         if reasons:
             refused.append(Refusal(cell.arm, cell.axes, "; ".join(reasons)))
         else:
@@ -215,21 +224,37 @@ def _in_order(sweep: Sweep, cells: list[_Cell]) -> tuple[PlannedTrial, ...]:
     leaves the order of the others as it is.
     """
     trials: list[PlannedTrial] = []
+    priced = list(zip(cells, _prices(sweep, cells), strict=True))
     for number, seed in enumerate(sweep.seeds):
-        block = [_trial(sweep, cell, seed) for cell in cells]
+        block = [_trial(sweep, cell, seed, price) for cell, price in priced]
         for extra in sweep.extra_baseline_seeds[number :: len(sweep.seeds)]:
-            block += [_trial(sweep, cell, extra) for cell in cells if cell.arm == sweep.baseline]
+            block += [_trial(sweep, cell, extra, price) for cell, price in priced if cell.arm == sweep.baseline]
         block.sort(key=lambda trial: hashlib.sha256(f"{sweep.order_seed}:{trial.fingerprint}".encode()).digest())
         trials += block
     return tuple(replace(trial, position=position) for position, trial in enumerate(trials))
 
 
-def _trial(sweep: Sweep, cell: _Cell, seed: int) -> PlannedTrial:
+def _prices(sweep: Sweep, cells: list[_Cell]) -> list[dict[str, Any]]:
+    """What a trial of each cell costs: the fields of PlannedTrial that no seed changes."""
+    sizes = micro_batch_sizes([cell.config for cell in cells], sweep.resources)
+    prices = []
+    for config, micro_batch in zip((cell.config for cell in cells), sizes, strict=True):
+        shape = config.model, config.gates, config.data.vocab_size
+        flops_per_token = accounting.training_flops_per_token(*shape, config.data.sequence_length)
+        prices.append(
+            {
+                "num_parameters": accounting.parameters(*shape),
+                "num_active_parameters": accounting.active_parameters(*shape),
+                "training_flops": flops_per_token * config.train.num_steps * config.train.batch_tokens,
+                "micro_batch_sequences": micro_batch,
+                "memory": memory_needed(config, sweep.resources, micro_batch),
+            }
+        )
+    return prices
+
+
+def _trial(sweep: Sweep, cell: _Cell, seed: int, price: dict[str, Any]) -> PlannedTrial:
     config = cell.config.model_copy(update={"seed": seed})
-    vocab_size = config.data.vocab_size
-    flops_per_token = accounting.training_flops_per_token(
-        config.model, config.gates, vocab_size, config.data.sequence_length
-    )
     return PlannedTrial(
         position=-1,
         arm=cell.arm,
@@ -238,6 +263,5 @@ def _trial(sweep: Sweep, cell: _Cell, seed: int) -> PlannedTrial:
         config=config,
         fingerprint=config.fingerprint(),
         layout=sweep.resources.layout,
-        num_parameters=accounting.parameters(config.model, config.gates, vocab_size),
-        training_flops=flops_per_token * config.train.num_steps * config.train.batch_tokens,
+        **price,
     )

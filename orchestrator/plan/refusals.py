@@ -68,8 +68,8 @@ def _pipeline(config: TrialConfig, resources: ResourcesConfig) -> Iterator[str]:
 
 
 def _num_micro_batches(config: TrialConfig, resources: ResourcesConfig) -> int:
-    share = config.batch_sequences // resources.layout.data
-    return share // (resources.micro_batch_sequences or max(share, 1))
+    """The most that there can be: a micro-batch that is not given is chosen to fit the schedule."""
+    return config.batch_sequences // resources.layout.data // (resources.micro_batch_sequences or 1)
 
 
 def _expert(config: TrialConfig, resources: ResourcesConfig) -> Iterator[str]:

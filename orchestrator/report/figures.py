@@ -54,6 +54,16 @@ def flops_text(value: float | None) -> str:
     return NOTHING if value is None else f"{value:.3g}" if value < 1000 else f"{value:.2e}".replace("e+", "e")
 
 
+def memory_text(size: float) -> str:
+    """``131 MiB``, ``61.2 GiB``: three digits."""
+    for unit in ("KiB", "MiB"):
+        size /= 1024
+        if size < 999.5:
+            return f"{size:.3g} {unit}"
+    size /= 1024
+    return f"{size:.3g} GiB" if size < 999.5 else f"{size:,.0f} GiB"
+
+
 def states_text(counts: Mapping[str, int], separator: str = ", ") -> str:
     """``4 complete, 2 diverged``."""
     return separator.join(f"{count:,} {state.lower()}" for state, count in counts.items()) or "none"

@@ -18,6 +18,7 @@ from orchestrator.report.figures import (
     axis_text,
     count_text,
     flops_text,
+    memory_text,
     plural,
     states_text,
     wrapped,
@@ -25,7 +26,7 @@ from orchestrator.report.figures import (
 from orchestrator.report.tree import STATES
 
 if TYPE_CHECKING:
-    from orchestrator.plan import Plan, Refusal
+    from orchestrator.plan import Plan, PlannedTrial, Refusal
     from orchestrator.store import Store, SweepRow, TrialRow
 
 NUM_EVENTS = 3
@@ -67,13 +68,19 @@ def plan_table(plan: Plan, states: Mapping[str, str] | None = None) -> Renderabl
     """Every trial of a plan, the refusals first and the totals last. ``states``: of the fingerprints in the store."""
     known = states or {}
     names = list(dict.fromkeys(name for trial in plan.trials for name in trial.axes))
+    has_experts = any(trial.num_active_parameters != trial.num_parameters for trial in plan.trials)
     rows: list[tuple[str, ...]] = []
     for number, trial in enumerate(plan.trials, start=1):
         axes = [axis_text(trial.axes[name]) if name in trial.axes else NOTHING for name in names]
+        active = [count_text(trial.num_active_parameters)] if has_experts else []
+        price = flops_text(trial.training_flops), str(trial.micro_batch_sequences), memory_text(trial.memory.total)
         state = known.get(trial.fingerprint, NEW)
-        size, flops = f"{trial.num_parameters:,}", flops_text(trial.training_flops)
-        rows.append((str(number), trial.arm, *axes, str(trial.seed), size, flops, state))
-    table = _Listing(("#", "arm", *names, "seed", "parameters", "FLOPs", "state"), tuple(rows))
+        rows.append(
+            (str(number), trial.arm, *axes, str(trial.seed), f"{trial.num_parameters:,}", *active, *price, state)
+        )
+    active = ["active"] if has_experts else []
+    headings = ("#", "arm", *names, "seed", "parameters", *active, "FLOPs", "micro-batch", "memory", "state")
+    table = _Listing(headings, tuple(rows))
     parts: list[RenderableType] = [Text.assemble((plan.sweep.name, "bold"), f": {plan.sweep.question}"), Text("")]
     parts += _refusal_lines(plan.refusals)
     parts += [table, Text("")] if plan.trials else []
@@ -105,7 +112,34 @@ def _plan_totals(plan: Plan, known: Mapping[str, str]) -> list[str]:
         flops, flops_left = (sum(trial.training_flops for trial in trials) for trials in (plan.trials, left))
         work = f"{flops_text(flops)} training FLOPs in all, {flops_text(flops_left)} still to do"
         lines.append(f"{span} parameters a trial; {work}")
+        lines += _memory_lines(plan)
     return lines
+
+
+def _memory_lines(plan: Plan) -> list[str]:
+    """The parts of the largest memory, what there is, and what a micro-batch means where it matters."""
+    resources, fullest = plan.sweep.resources, max(plan.trials, key=lambda trial: trial.memory.total)
+    memory, layout = fullest.memory, fullest.layout
+    names = ("weights", "gradients", "optimizer", "activations", "working")
+    parts = ", ".join(f"{name} {memory_text(getattr(memory, name))}" for name in names)
+    where = f" (stage {memory.stage} of {layout.pipeline})" if layout.pipeline > 1 else ""
+    room = resources.rank_memory_gib
+    has = "" if room is None else f" of {room:g} GiB"
+    if room is not None and resources.memory_gib is None and resources.accelerator is None:
+        has += " (assumed: resources.accelerator or memory_gib says it)"
+    lines = [f"memory of a rank{where}, {fullest.arm}: {memory_text(memory.total)}{has}: {parts}"]
+    split = [trial for trial in plan.trials if trial.config.model.moe is not None and _num_micro_batches(trial) > 1]
+    if split:
+        sizes = sorted({trial.micro_batch_sequences for trial in split})
+        lines.append(
+            f"experts are balanced over the micro-batches so far: their numbers hang on micro-batches of "
+            f"{', '.join(map(str, sizes))} sequence(s), the same for all arms of a batch size"
+        )
+    return lines
+
+
+def _num_micro_batches(trial: PlannedTrial) -> int:
+    return trial.config.batch_sequences // (trial.micro_batch_sequences * trial.layout.data)
 
 
 def status_table(store: Store) -> RenderableType:

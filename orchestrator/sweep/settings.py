@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, model_validator
 
+from models.accounting import ACCELERATORS, AcceleratorName
 from models.config import Backend, Count, DiagnosticsConfig, Frozen, Integer, Layout, Positive
 from orchestrator.sweep.document import Places
 
@@ -90,6 +91,10 @@ class PruneConfig(Frozen):
     divergence: DivergenceConfig = DivergenceConfig()
 
 
+ASSUMED_MEMORY_GIB = 79.5
+"""Of a GPU that no sweep names: an 80 GB one."""
+
+
 class ResourcesConfig(Frozen):
     """What one rank takes, and how a trial is spread over ranks."""
 
@@ -98,11 +103,42 @@ class ResourcesConfig(Frozen):
     layout: Layout = Layout()
     backend: Backend = "auto"
     micro_batch_sequences: Count | None = None
-    """Sequences a rank takes at once; None: its whole share of the batch."""
+    """Sequences a rank takes at once; None: as many as fit into its memory, by the model of ``accounting``."""
     max_trials: Annotated[Integer, Field(ge=0)] | None = None
     """Trials at once; None: as many as the cluster holds. ``gatesweep set`` changes it while the sweep runs."""
     max_gpus: Annotated[float, Field(ge=0.0)] | None = None
     """GPUs at once, likewise."""
+    accelerator: AcceleratorName | None = None
+    """What the GPUs are: their memory and their peak, unless those are given."""
+    memory_gib: Positive | None = None
+    """Of one rank. None: the accelerator's; of unknown GPUs ASSUMED_MEMORY_GIB; on the CPU without a limit."""
+    peak_flops: Positive | None = None
+    """FLOPs a second of one rank at best: what utilisation is measured by. None: the accelerator's, if it is named."""
+
+    @property
+    def device(self) -> Literal["cpu", "cuda"]:
+        return "cuda" if self.gpus else "cpu"
+
+    @property
+    def rank_memory_gib(self) -> float | None:
+        """Ranks that share a GPU share its memory."""
+        if self.memory_gib is not None or not self.gpus:
+            return self.memory_gib
+        whole = ACCELERATORS[self.accelerator].memory_gib if self.accelerator else ASSUMED_MEMORY_GIB
+        return whole * min(1.0, self.gpus)
+
+    def rank_peak_flops(self, precision: str) -> float | None:
+        """In a trial's precision; None when it is not known."""
+        if self.peak_flops is not None or self.accelerator is None:
+            return self.peak_flops
+        peak = ACCELERATORS[self.accelerator].peak_flops(precision)
+        return None if peak is None else peak * min(1.0, self.gpus)
+
+    @model_validator(mode="after")
+    def _accelerator_is_used(self) -> ResourcesConfig:
+        if self.accelerator is not None and not self.gpus:
+            raise ValueError(f"accelerator {self.accelerator} needs gpus, which is 0")
+        return self
 
 
 CountsAs = Literal["infrastructure", "error", "never_again", "nothing"]

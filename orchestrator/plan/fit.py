@@ -1,0 +1,119 @@
+"""The micro-batch of every cell, and which cells do not fit into a rank's memory. Pure: by the model, not by trying.
+
+A micro-batch belongs to the attempt. A dense model's numbers do not depend on it beyond rounding. Megatron's
+load-balancing loss of experts does, for it weighs a micro-batch by the choices counted in the batch so far: cells with
+experts that share a batch size therefore share a micro-batch, so that no arm differs by it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+
+from models.accounting import GIB, SPARE_FRACTION, RankMemory, fits, fullest_rank, largest_micro_batch, micro_batches
+from models.config import Layout, TrialConfig
+from orchestrator.sweep import ResourcesConfig
+
+NUM_MENDS = 3
+"""How many layouts a refusal names that would do."""
+
+
+def micro_batch_sizes(configs: Sequence[TrialConfig], resources: ResourcesConfig) -> list[int]:
+    """Sequences that a rank takes at once, for each config; where nothing fits, the least that there is."""
+    if resources.micro_batch_sequences is not None:
+        return [resources.micro_batch_sequences] * len(configs)
+    limit = _limit(resources)
+    found: dict[str, int] = {}
+    shared: dict[int, int] = {}
+    for config in configs:
+        key = _key(config)
+        if key not in found:
+            largest = largest_micro_batch(config, resources.layout, resources.device, limit)
+            found[key] = largest or micro_batches(config, resources.layout)[-1]
+        if config.model.moe is not None:
+            batch = config.batch_sequences
+            shared[batch] = min(found[key], shared.get(batch, found[key]))
+    return [found[_key(config)] if config.model.moe is None else shared[config.batch_sequences] for config in configs]
+
+
+def memory_needed(config: TrialConfig, resources: ResourcesConfig, micro_batch: int) -> RankMemory:
+    """Of the rank that needs most."""
+    return fullest_rank(config, resources.layout, micro_batch, resources.device)
+
+
+def memory_refusals(
+    config: TrialConfig, resources: ResourcesConfig, refused: Callable[[TrialConfig, ResourcesConfig], Sequence[str]]
+) -> list[str]:
+    """Why the config does not fit, and which layouts would do; empty when it fits.
+
+    ``refused`` gives the other reasons against a layout, so that none is named that could not run.
+    """
+    limit, given = _limit(resources), resources.micro_batch_sequences
+    if limit is None:
+        return []
+    micro_batch = given or micro_batches(config, resources.layout)[-1]
+    memory = memory_needed(config, resources, micro_batch)
+    if fits(memory, limit):
+        return []
+    size = f"{micro_batch} sequence" + ("" if micro_batch == 1 else "s")
+    said = f"does not fit: with micro-batches of {size} a rank needs {memory.total / GIB:,.1f} GiB, and has "
+    said += f"{limit / GIB:,.1f}, of which {SPARE_FRACTION:.0%} stay free"
+    if resources.memory_gib is None and resources.accelerator is None:
+        said += " (an assumed size: set resources.accelerator or memory_gib)"
+    would = list(itertools.islice(_mends(config, resources, refused), NUM_MENDS))
+    return [f"{said}; what would fit: {', or '.join(would)}" if would else said]
+
+
+def _mends(
+    config: TrialConfig, resources: ResourcesConfig, refused: Callable[[TrialConfig, ResourcesConfig], Sequence[str]]
+) -> Iterator[str]:
+    """What fits, the cheapest first, in words: a smaller micro-batch, then of each kind of layout the first that does;
+    with full recomputation on top only where nothing does without."""
+    limit, layout = _limit(resources), resources.layout
+    if resources.micro_batch_sequences is not None:
+        largest = largest_micro_batch(config, layout, resources.device, limit)
+        if largest is not None:
+            yield f"micro_batch_sequences {largest}"
+    alone = list(_changes(config, layout))
+    kinds: set[tuple[str, ...]] = set()
+    for changes in (*alone, *({**one, "recompute": "full"} for one in alone if "recompute" not in one)):
+        changed = layout.model_copy(update=changes)
+        kind = tuple(name for name in changes if name != "recompute") or ("recompute",)
+        if kind in kinds or refused(config, _with(resources, changed)):
+            continue
+        if largest_micro_batch(config, changed, resources.device, limit) is not None:
+            kinds.add(kind)
+            yield " with ".join(f"layout.{name} {str(value).lower()}" for name, value in changes.items())
+
+
+def _changes(config: TrialConfig, layout: Layout) -> Iterator[dict[str, object]]:
+    """Recomputation costs a third more FLOPs; more ranks cost more hardware."""
+    for recompute in ("selective", "full"):
+        if layout.recompute == "none" or (layout.recompute, recompute) == ("selective", "full"):
+            yield {"recompute": recompute}
+    parallel: dict[str, object] = {} if layout.sequence_parallel else {"sequence_parallel": True}
+    for factor in (2, 4, 8, 16, 32):
+        if config.model.moe is not None:
+            ranks = layout.expert * factor
+            if (layout.tensor * layout.context * layout.data) % ranks == 0:
+                yield {"expert": ranks}
+        yield {"tensor": layout.tensor * factor, **parallel}
+        yield {"pipeline": layout.pipeline * factor}
+        if config.model.moe is not None:
+            yield {"data": layout.data * factor, "expert": layout.expert * factor}
+        else:
+            yield {"data": layout.data * factor}
+
+
+def _with(resources: ResourcesConfig, layout: Layout) -> ResourcesConfig:
+    return resources.model_copy(update={"layout": layout, "micro_batch_sequences": None})
+
+
+def _limit(resources: ResourcesConfig) -> float | None:
+    gib = resources.rank_memory_gib
+    return None if gib is None else gib * GIB
+
+
+def _key(config: TrialConfig) -> str:
+    """What decides the memory: cells that differ in their learning rate alone are reckoned once."""
+    return config.model_copy(update={"train": config.train.model_copy(update={"lr": 1.0}), "seed": 0}).canonical_json()
