@@ -1,5 +1,7 @@
 """Closed forms against the paper's published figures. That they are the built model's is in test_layer_specs."""
 
+from typing import get_args
+
 import pytest
 
 from models import accounting
@@ -125,3 +127,49 @@ def test_training_costs_three_forward_passes():
     for gate in (None, ELEMENTWISE):
         forward = accounting.forward_flops_per_token(DENSE, gate, PAPER_VOCABULARY, 4096)
         assert accounting.training_flops_per_token(DENSE, gate, PAPER_VOCABULARY, 4096) == 3 * forward
+
+
+def test_flops_by_their_parts():
+    """The parts of the paper's 28-layer model, by hand: 1.4 G weights in products, 28 layers of attention."""
+    found = accounting.flops_per_token(DENSE, None, PAPER_VOCABULARY, 4096)
+    products = accounting.parameters(DENSE, None, PAPER_VOCABULARY) - 28 * (2 * 2048 + 2 * 128) - 2048
+    assert found.matrices == 2 * products
+    assert found.attention == 28 * 4 * 4096 * 2048
+    assert (found.training, found.hardware) == (3 * found.forward, 3 * found.forward)
+
+
+def test_causal_flops_leave_out_what_lies_above_the_diagonal():
+    whole, half = (
+        accounting.flops_per_token(DENSE, None, PAPER_VOCABULARY, 4096, causal=causal) for causal in (False, True)
+    )
+    pairs = sum(position + 1 for position in range(4096))
+    assert half.attention / whole.attention == pytest.approx(pairs / 4096**2, rel=1e-9)
+    assert half.matrices == whole.matrices
+
+
+def test_recomputation_is_hardwares_work_and_not_the_models():
+    none, selective, full = (
+        accounting.flops_per_token(DENSE, ELEMENTWISE, PAPER_VOCABULARY, 4096, recompute=how)
+        for how in ("none", "selective", "full")
+    )
+    assert none.training == selective.training == full.training == none.hardware
+    assert selective.recomputation == none.attention
+    assert full.recomputation == none.forward - 2 * PAPER_VOCABULARY * 2048
+
+
+def test_utilisation_is_the_share_of_all_ranks_peak():
+    """400 TFLOPs a second on a GPU that can do 989.5 are 40 %; what is unknown stays unknown."""
+    peak = accounting.ACCELERATORS["h100"].peak_flops("bf16")
+    assert accounting.utilisation(8 * 400e12, peak, 8) == pytest.approx(0.404, abs=1e-3)
+    assert accounting.utilisation(None, peak, 8) is None
+    assert accounting.utilisation(1e12, None, 1) is None
+
+
+@pytest.mark.parametrize("name", accounting.ACCELERATORS)
+def test_accelerators_are_named_once_and_their_peaks_are_dense(name):
+    """Twice the figure would be the one for structured sparsity; fp8 is twice bf16."""
+    one = accounting.ACCELERATORS[name]
+    assert one.fp32 < one.bf16 < 2.5e15
+    assert one.fp8 is None or 1.98 < one.fp8 / one.bf16 < 2.03
+    assert name in get_args(accounting.AcceleratorName)
+    assert len(accounting.ACCELERATORS) == len(get_args(accounting.AcceleratorName))

@@ -629,6 +629,26 @@ def test_declared_looks_are_counted_and_leave_no_mark(plan, tmp_path):
         assert not any(row.exploratory for row in table.rows)
 
 
+def test_utilisation_is_shown_where_the_peak_is_known(plan, tmp_path):
+    """500 tokens/s at 2,560 tokens a trial, by a declared peak; without one the figure is absent, not zero."""
+    flops_per_second = 500.0 * plan.trials[0].training_flops / 2560
+    declared = expand(parse(SWEEP + f"resources: {{peak_flops: {4 * flops_per_second}}}\n", "small.yaml"))
+    twin = expand(parse(SWEEP.replace("small", "twin") + "resources: {peak_flops: 1e12}\n", "twin.yaml"))
+    for number, (known, shown) in enumerate(((plan, None), (declared, 0.25))):
+        with Store(f"sqlite:///{tmp_path / f'{number}.db'}") as store:
+            lease = store.acquire_lease(store.add(known).sweep_id, "host:1", 60)
+            fill(store, known, lease)
+            answer = results(store, "small")
+            baseline, gated = answer.tables[0].rows
+            assert baseline.flops_per_second == pytest.approx(flops_per_second)
+            assert gated.flops_per_second != baseline.flops_per_second
+            assert baseline.utilisation == (shown and pytest.approx(shown))
+            for text in (to_text(answer), to_text(answer, 40), to_markdown(answer)):
+                assert ("25.0% MFU" in text) == (shown is not None)
+            store.add(twin)
+            assert all(row.utilisation is None for row in results(store, "twin").tables[0].rows)
+
+
 def test_a_trial_that_another_sweep_trained_is_marked_reused(plan, tmp_path):
     twin = expand(parse(SWEEP.replace("name: small", "name: twin"), "twin.yaml"))
     with Store(f"sqlite:///{tmp_path / 'store.db'}") as store:

@@ -71,6 +71,8 @@ def training_flops_per_token(model: ModelConfig, gates: Gates, vocab_size: int, 
     return flops_per_token(model, gates, vocab_size, sequence_length).training
 
 
-def utilisation(flops_per_second: float, peak_flops: float | None, num_ranks: int) -> float | None:
-    """Model-FLOPs utilisation, 0 to 1: model FLOPs a second over the peak of all ranks; None without a known peak."""
-    return None if peak_flops is None else flops_per_second / (peak_flops * num_ranks)
+def utilisation(flops_per_second: float | None, peak_flops: float | None, num_ranks: int) -> float | None:
+    """Model-FLOPs utilisation, 0 to 1: model FLOPs a second over the peak of all ranks; None where one is unknown."""
+    if flops_per_second is None or peak_flops is None:
+        return None
+    return flops_per_second / (peak_flops * num_ranks)

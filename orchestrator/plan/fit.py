@@ -91,7 +91,8 @@ def _changes(config: TrialConfig, layout: Layout) -> Iterator[dict[str, object]]
     for recompute in ("selective", "full"):
         if layout.recompute == "none" or (layout.recompute, recompute) == ("selective", "full"):
             yield {"recompute": recompute}
-    parallel: dict[str, object] = {} if layout.sequence_parallel else {"sequence_parallel": True}
+    # Megatron trains experts over tensor ranks only with sequence parallelism.
+    parallel: dict[str, object] = {"sequence_parallel": True} if config.model.moe is not None else {}
     for factor in (2, 4, 8, 16, 32):
         if config.model.moe is not None:
             ranks = layout.expert * factor

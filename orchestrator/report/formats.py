@@ -25,7 +25,7 @@ from orchestrator.report.figures import (
     spread_text,
     states_text,
 )
-from orchestrator.report.terminal import diverged_text, verdict_text
+from orchestrator.report.terminal import diverged_text, speed_text, verdict_text
 from orchestrator.report.tree import STATES, ArmRow, Results, VerdictTable
 
 MEANS_VERSION = "means-2"
@@ -45,6 +45,8 @@ _FORMULAS = {
     "bits_per_byte": (MEANS_VERSION, "trials_best"),
     "perplexity": (MEANS_VERSION, "trials_best"),
     "tokens_per_second": (MEANS_VERSION, "trials_complete"),
+    "flops_per_second": (MEANS_VERSION, "trials_complete"),
+    "utilisation": (MEANS_VERSION, "trials_complete"),
     "delta_nats": (verdict.FORMULA_VERSION, "baseline"),
     "low_nats": (verdict.FORMULA_VERSION, "compared"),
     "high_nats": (verdict.FORMULA_VERSION, "compared"),
@@ -169,7 +171,7 @@ def _markdown_cells(row: ArmRow) -> tuple[str, ...]:
         perplexity_text(row.perplexity),
         f"{delta_text(row.delta_nats)} {interval_text(row.low_nats, row.high_nats)}".rstrip(),
         count_text(row.num_parameters),
-        count_text(row.tokens_per_second),
+        speed_text(row),
         states_text(row.counts),
         diverged_text(row),
         verdict_text(row),

@@ -11,10 +11,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from models.accounting import utilisation
 from orchestrator.report.tables import tabulate
 from orchestrator.report.tree import Results, SweepHeading, TrialResult
 from orchestrator.store import SEED_KEYS
-from orchestrator.sweep import VerdictConfig
+from orchestrator.sweep import ResourcesConfig, VerdictConfig
 from orchestrator.verdict import Design, Looks
 
 if TYPE_CHECKING:
@@ -99,9 +100,10 @@ def _trial_results(store: Store, sweep: SweepRow, tail: float) -> list[TrialResu
     measured = {row["fingerprint"]: row for row in store.frame("results", sweep=sweep.name).to_dict("records")}
     tails = {(row.fingerprint, row.split): row for row in store.tails(sweep.id, tail)}
     backends = store.backends(sweep.id)
+    resources = ResourcesConfig.model_validate(sweep.settings.get("resources") or {})
     return [
         replace(
-            _trial_result(trial, measured.get(trial.fingerprint, {}), tails, sweep.name),
+            _trial_result(trial, measured.get(trial.fingerprint, {}), tails, sweep.name, resources),
             backends=backends.get(trial.fingerprint, ()),
         )
         for trial in trials
@@ -109,11 +111,22 @@ def _trial_results(store: Store, sweep: SweepRow, tail: float) -> list[TrialResu
 
 
 def _trial_result(
-    trial: TrialRow, measured: Mapping[Any, Any], tails: Mapping[tuple[str, str], TailRow], sweep_name: str
+    trial: TrialRow,
+    measured: Mapping[Any, Any],
+    tails: Mapping[tuple[str, str], TailRow],
+    sweep_name: str,
+    resources: ResourcesConfig,
 ) -> TrialResult:
     is_complete = trial.state == "COMPLETE"
     on_slice, on_all = (tails.get((trial.fingerprint, split)) if is_complete else None for split in ("slice", "full"))
-    speed, trained_in = measured.get("tokens_per_second"), measured.get("trained_in")
+    trained_in = measured.get("trained_in")
+    trained_in = trained_in if isinstance(trained_in, str) and trained_in != sweep_name else None
+    speed, train = measured.get("tokens_per_second"), trial.config.train
+    tokens_per_second = float(speed) if is_complete and speed is not None and math.isfinite(speed) else None
+    flops_per_token = trial.training_flops / (train.num_steps * train.batch_tokens)
+    flops_per_second = None if tokens_per_second is None else tokens_per_second * flops_per_token
+    # What another sweep trained may have run on other devices.
+    peak = resources.rank_peak_flops(trial.config.precision) if trained_in is None else None
     return TrialResult(
         fingerprint=trial.fingerprint,
         arm=trial.arm,
@@ -131,6 +144,8 @@ def _trial_result(
         full_loss_nats=None if on_all is None else on_all.loss_nats,
         full_bits_per_byte=None if on_all is None else on_all.bits_per_byte,
         num_tail_points=0 if on_slice is None else on_slice.num_points,
-        tokens_per_second=float(speed) if is_complete and speed is not None and math.isfinite(speed) else None,
-        trained_in=trained_in if isinstance(trained_in, str) and trained_in != sweep_name else None,
+        tokens_per_second=tokens_per_second,
+        flops_per_second=flops_per_second,
+        utilisation=utilisation(flops_per_second, peak, resources.layout.world_size),
+        trained_in=trained_in,
     )

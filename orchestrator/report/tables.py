@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean, median
 from typing import Any
@@ -192,7 +192,6 @@ def _problem(arm: _Arm) -> str:
 
 def _row(arm: _Arm, judged: Verdict, split: Split, is_baseline: bool, exploratory: bool) -> ArmRow:
     rate, complete = arm.learning_rate, [trial for trial in arm.trials if trial.state == "COMPLETE"]
-    speeds = [trial.tokens_per_second for trial in complete if trial.tokens_per_second is not None]
     diverged = rate.smallest_diverged
     shown = arm.at_best or arm.trials
     return ArmRow(
@@ -217,7 +216,9 @@ def _row(arm: _Arm, judged: Verdict, split: Split, is_baseline: bool, explorator
         exploratory=exploratory and bool(arm.losses_nats),
         num_parameters=shown[0].num_parameters if shown else None,
         training_flops=shown[0].training_flops if shown else None,
-        tokens_per_second=median(speeds) if speeds else None,
+        tokens_per_second=_median(trial.tokens_per_second for trial in complete),
+        flops_per_second=_median(trial.flops_per_second for trial in complete),
+        utilisation=_median(trial.utilisation for trial in complete),
         counts=_counts(arm.trials),
         num_missing=arm.num_missing,
         diverged_lr=None if diverged is None else diverged.lr,
@@ -227,6 +228,11 @@ def _row(arm: _Arm, judged: Verdict, split: Split, is_baseline: bool, explorator
         trials_best=tuple(trial.fingerprint for trial in arm.at_best),
         trials_complete=tuple(trial.fingerprint for trial in complete),
     )
+
+
+def _median(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return median(known) if known else None
 
 
 def _mean_bits(arm: _Arm, split: Split) -> float | None:

@@ -90,7 +90,7 @@ def row_cells(row: ArmRow) -> tuple[str, ...]:
         _lines(loss_text(row.bits_per_byte), "" if row.perplexity is None else perplexity_text(row.perplexity)),
         _lines(delta_text(row.delta_nats), interval_text(row.low_nats, row.high_nats)),
         count_text(row.num_parameters),
-        count_text(row.tokens_per_second),
+        speed_text(row, "\n"),
         states_text(row.counts, "\n"),
         diverged_text(row, "\n"),
         verdict_text(row),
@@ -99,6 +99,12 @@ def row_cells(row: ArmRow) -> tuple[str, ...]:
 
 def verdict_text(row: ArmRow) -> str:
     return row.verdict + (EXPLORATORY_MARK if row.exploratory else "")
+
+
+def speed_text(row: ArmRow, separator: str = " ", unit: str = "") -> str:
+    """Tokens a second, and the utilisation where it is known."""
+    speed = count_text(row.tokens_per_second) + unit
+    return speed if row.utilisation is None else f"{speed}{separator}{row.utilisation:.1%} MFU"
 
 
 def diverged_text(row: ArmRow, separator: str = " ") -> str:
@@ -165,6 +171,6 @@ def _facts(row: ArmRow) -> Iterator[tuple[str, str]]:
     )
     if not row.is_baseline:
         yield "difference", f"{delta_text(row.delta_nats)} {interval_text(row.low_nats, row.high_nats)}".rstrip()
-    yield "size, speed", f"{count_text(row.num_parameters)} parameters, {count_text(row.tokens_per_second)} tokens/s"
+    yield "size, speed", f"{count_text(row.num_parameters)} parameters, {speed_text(row, ', ', ' tokens/s')}"
     yield "trials", states_text(row.counts)
     yield "diverges at", f"LR {diverged_text(row)}" if row.diverged_lr is not None else NOTHING

@@ -75,6 +75,10 @@ class TrialResult:
     """Validations on the slice that ``slice_loss_nats`` is the mean of."""
     backends: tuple[str, ...] = ()
     """What its attempts were built from, as far as they said."""
+    flops_per_second: float | None = None
+    """Model FLOPs: forward and backward pass, without recomputation."""
+    utilisation: float | None = None
+    """Of the ranks' peak, 0 to 1 (MFU); only where the sweep that trained it knows the peak."""
     trained_in: str | None = None
     """The sweep whose controller trained it, when that is not the sweep of the table."""
 
@@ -109,7 +113,9 @@ class ArmRow:
     num_parameters: int | None
     training_flops: float | None
     tokens_per_second: float | None
-    """Median over the arm's complete trials."""
+    """Median over the arm's complete trials, like the two below."""
+    flops_per_second: float | None
+    utilisation: float | None
     counts: Mapping[str, int]
     """Trials by state, in the order of STATES; states that do not occur are left out."""
     num_missing: int
