@@ -49,15 +49,16 @@ def one_batch(trial):
     return {"tokens": tokens, "labels": tokens.roll(-1, 1), "position_ids": torch.arange(shape[1]).expand(shape)}
 
 
-def saved_bytes(trial):
+def saved_bytes(trial, layout=None):
     """What autograd keeps of a forward pass, weights left out and each storage counted once."""
     import torch
 
     from models import device, layer_specs
-    from models.trainer import evaluate
+    from models.trainer import passes
 
+    layout = layout or Layout()
     with device.on("cpu"):
-        model = layer_specs.build_model(trial, Layout(), "cpu")
+        model = layer_specs.build_model(trial, layout, "cpu")
         weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
         held = {}
 
@@ -68,7 +69,7 @@ def saved_bytes(trial):
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            loss = evaluate.token_losses(model, one_batch(trial)).sum()
+            loss = passes.token_losses(model, one_batch(trial)).sum()
     assert loss.requires_grad
     return sum(storage.nbytes() for storage in held.values())
 
@@ -101,16 +102,16 @@ def stepped(world):
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     from models import device, layer_specs
-    from models.trainer import evaluate
+    from models.trainer import passes
     from models.trainer.optimizer import update, wrap
 
     def make(trial):
         batch = one_batch(trial)
         with device.on("cpu"):
-            model, optimizer = wrap(trial, layer_specs.build_model(trial, Layout(), "cpu"), "cpu")
+            (model,), optimizer = wrap(trial, layer_specs.build_chunks(trial, Layout(), "cpu"), "cpu")
 
         def forward(batches, model):
-            return evaluate.token_losses(model, next(batches)), lambda losses: (losses.mean(), losses.detach().mean())
+            return passes.token_losses(model, next(batches)), lambda losses: (losses.mean(), losses.detach().mean())
 
         def step():
             with device.on("cpu"):
@@ -225,39 +226,72 @@ def test_the_distributed_optimizer_shares_its_states_and_master_weights():
     assert shared.optimizer == 12 * held.shared // 8 + 12 * held.experts // 2
 
 
-def build_on_a_rank(rank, folder, layouts, trials):
-    """(parameters, experts' parameters) of every trial under every layout, and the rank's stage."""
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+@pytest.mark.parametrize("preset", ["cpu-tiny", "cpu-moe-tiny"])
+def test_what_recomputation_keeps_is_what_autograd_saves(world, recompute, preset):
+    for gate, changes in ((GateConfig(position="sdpa"), {}), (None, {"softmax_sink": True})):
+        trial, layout = sized(shape_of(preset, gate, **changes), 2), Layout(recompute=recompute)
+        expected = accounting.rank_memory(trial, layout, 2, "cpu").activations
+        assert expected == pytest.approx(saved_bytes(trial, layout), rel=0.05), changes
+
+
+LAYOUTS = {
+    "tensor": Layout(tensor=2),
+    "sequence": Layout(tensor=2, sequence_parallel=True),
+    "data": Layout(data=2),
+    "pipeline": Layout(pipeline=2),
+    "expert": Layout(data=2, expert=2),
+    "expert-tensor": Layout(tensor=2, expert=2, sequence_parallel=True),
+}
+
+
+def on_a_rank(rank, folder, trials):
+    """(parameters, experts' parameters, saved bytes) by layout and trial; no bytes of a pipeline's stage."""
     import torch
 
     from models import device, layer_specs
     from models.trainer import World
 
     found = {}
-    for name, layout in layouts.items():
+    for name, layout in LAYOUTS.items():
         world = World.join(rank, layout, "cpu", f"file://{folder}/{name}")
         for trial_name, trial in trials.items():
+            if not runs(layout, trial):
+                continue
             with torch.device("meta"), device.on("cpu"):
-                model = layer_specs.build_model(trial, layout, "cpu")
-            named = dict(model.named_parameters())
+                named = dict(layer_specs.build_model(trial, layout, "cpu").named_parameters())
             experts = sum(p.numel() for key, p in named.items() if ".experts." in key)
-            found[name, trial_name] = sum(p.numel() for p in named.values()), experts
+            saved = None if layout.pipeline > 1 else saved_bytes(trial, layout)
+            found[name, trial_name] = sum(p.numel() for p in named.values()), experts, saved
         world.leave()
     return found
 
 
-LAYOUTS = {"tensor": Layout(tensor=2), "data": Layout(data=2)}
+def runs(layout, trial):
+    if trial.model.moe is None:
+        return layout.expert == 1
+    return layout.tensor == 1 or layout.sequence_parallel
 
 
-def test_parameters_of_a_rank_are_the_built_ones(tmp_path):
-    trials = {kind: shape_of("cpu-tiny", gate, sandwich_norm=kind == "baseline") for kind, gate in KINDS.items()}
-    trials |= {"untied": shape_of("cpu-tiny", None, tied_embeddings=False, softmax_sink=True, sdpa_output="silu")}
+def test_parameters_and_activations_of_a_rank_are_the_built_ones(tmp_path):
+    kinds = ("baseline", "sdpa-elementwise-hidden", "value-headwise-none", "key-elementwise-hidden", "sdpa-shared")
+    trials = {kind: shape_of("cpu-tiny", KINDS[kind], sandwich_norm=kind == "baseline") for kind in kinds}
+    trials |= {
+        kind: shape_of("cpu-tiny", KINDS[kind]) for kind in ("dense-elementwise-hidden", "dense-elementwise-none")
+    }
+    trials |= {"sink": shape_of("cpu-tiny", None, tied_embeddings=False, softmax_sink=True)}
     trials |= {"group-norm": shape_of("cpu-tiny", None, qk_norm=False, sdpa_output="group_norm")}
-    for rank, found in enumerate(ranks.run(build_on_a_rank, 2, LAYOUTS, trials)):
-        for (name, trial_name), counted in found.items():
+    trials |= {"experts": shape_of("cpu-moe-tiny", KINDS["sdpa-headwise-hidden"])}
+    trials = {name: sized(trial, 2) for name, trial in trials.items()}
+    for rank, found in enumerate(ranks.run(on_a_rank, 2, trials)):
+        for (name, trial_name), (number, experts, saved) in found.items():
             trial, layout = trials[trial_name], LAYOUTS[name]
             stage = rank if layout.pipeline > 1 else 0
             held = accounting.rank_parameters(trial.model, trial.gates, VOCABULARY, layout, stage)
-            assert counted == (held.total, held.experts), (name, trial_name, rank)
+            assert (number, experts) == (held.total, held.experts), (name, trial_name, rank)
+            if saved is not None and trial.model.moe is None:
+                expected = accounting.rank_memory(trial, layout, 2, "cpu").activations
+                assert expected == pytest.approx(saved, rel=0.01), (name, trial_name, rank)
 
 
 # -- what fits ------------------------------------------------------------------------------------------------

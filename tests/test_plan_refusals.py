@@ -63,7 +63,7 @@ REFUSALS = [
     ("resources: {layout: {pipeline: 3}}", "model.num_layers 2 is not divisible by layout.pipeline 3"),
     ("resources: {layout: {pipeline: 2, virtual_pipeline: 2}, micro_batch_sequences: 2}", "model.num_layers 2 is not divisible by layout.pipeline 2 x layout.virtual_pipeline 2"),
     ("resources: {layout: {virtual_pipeline: 2}}", "layout.virtual_pipeline 2 interleaves pipeline stages, and layout.pipeline is 1"),
-    ("axes: {model.num_layers: [4]}\nresources: {layout: {pipeline: 2, virtual_pipeline: 2}}", "a rank's 1 micro-batch(es) a step are not a multiple of layout.pipeline 2; set resources.micro_batch_sequences"),
+    ("axes: {model.num_layers: [4]}\nresources: {layout: {pipeline: 2, virtual_pipeline: 2}, micro_batch_sequences: 8}", "a rank's 1 micro-batch(es) a step are not a multiple of layout.pipeline 2; set resources.micro_batch_sequences"),
     ("resources: {layout: {expert: 2, data: 2}}", "layout.expert 2 deals out experts, and there is no model.moe"),
     (f"resources: {{layout: {{expert: 2}}}}\n{MOE}", "layout.expert 2 does not divide the 1 rank(s) of layout.tensor x context x data over which experts are dealt out; allowed for instance: layout.data 2"),
     (f"resources: {{layout: {{expert: 3, data: 3}}}}\n{MOE}", "model.moe.num_experts 8 is not divisible by layout.expert 3"),

@@ -93,10 +93,15 @@ class Saved:
         gates = sum(gate_score_width(model, gate) for gate in each(self.gates) if _in_projection(gate))
         found = self._cut(attention_width(model) + 2 * kv_width(model) + gates)
         if model.qk_norm:
-            found += self._cut(attention_width(model)) + (model.num_query_heads + model.num_kv_heads) * FP32 / tensor
+            found += self._queries_copied() + (model.num_query_heads + model.num_kv_heads) * FP32 / tensor
             if not self.on_cuda:
                 found += self._cut(attention_width(model) + kv_width(model))
         return found
+
+    def _queries_copied(self) -> float:
+        """The queries of several groups have keys between them in the projection: they are made one by a copy."""
+        model = self.model
+        return self._cut(attention_width(model)) if model.num_kv_heads > self.layout.tensor else 0.0
 
     def a_position(self) -> float:
         """Bytes a position, whatever the number of sequences: RoPE's cosines and sines for queries and for keys, and
@@ -150,7 +155,9 @@ class Saved:
         return found + narrow * FP32 + signal + output
 
     def _is_grouped(self, gate: GateConfig) -> bool:
-        return gate.position in ("sdpa", "query") and self.model.num_query_heads > self.model.num_kv_heads
+        model = self.model
+        in_groups = model.num_query_heads > model.num_kv_heads > self.layout.tensor
+        return gate.position in ("sdpa", "query") and in_groups
 
     def _heads(self, gate: GateConfig) -> float:
         model = self.model
@@ -163,7 +170,8 @@ class Saved:
         if gate.position == "dense":
             return self._apart(model.hidden_size)
         if gate.position == "query":
-            return self._cut(attention_width(model))
+            is_normed = model.qk_norm and gate.qk_order == "after_norm"
+            return self._cut(attention_width(model)) if is_normed else self._queries_copied()
         if gate.position == "key" and model.qk_norm and gate.qk_order == "after_norm":
             return self._cut(kv_width(model))
         return 0.0

@@ -80,7 +80,8 @@ def _activations(
     once = 0.0 if layout.recompute == "full" else saved.a_position() * positions
     chunk = model.num_layers // (layout.pipeline * layout.virtual_pipeline)
     of_a_chunk = chunk * (layer.kept(layout.recompute) * tokens + once)
-    of_a_chunk += 0.0 if layout.pipeline == 1 else saved.boundary() * tokens
+    # What went to the next stage is freed but by the interleaved schedule on the CPU.
+    of_a_chunk += saved.boundary() * tokens if layout.virtual_pipeline > 1 and device == "cpu" else 0.0
     num_micro_batches = max(1, trial.batch_sequences // (micro_batch_sequences * layout.data))
     total = in_flight(layout, stage, num_micro_batches) * of_a_chunk
     ends = saved.ends(trial.data.vocab_size) if is_last else 0.0
