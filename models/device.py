@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from models import rope
+
 log = logging.getLogger(__name__)
 
 _FACTORIES = frozenset(
@@ -72,6 +74,9 @@ def prepare(device: str, local_rank: int = 0) -> None:
     # Recomputation of activations keeps it as well.
     megatron_random._get_cuda_rng_state = lambda *_, **__: None
     megatron_random._set_cuda_rng_state = lambda *_, **__: None
+    from megatron.core.transformer import attention
+
+    attention.apply_rotary_pos_emb = rope.on_cpu(attention.apply_rotary_pos_emb)
     _prepared = True
 
 

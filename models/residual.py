@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from models.norms import mark_sequence_parallel
+from models.norms import mark_sequence_parallel, rms_norm
 
 WithBias = tuple[Tensor, Tensor | None]
 
@@ -16,7 +16,7 @@ class NormalisedAdd(nn.Module):
 
     def __init__(self, hidden_size: int, epsilon: float, sequence_parallel: bool = False) -> None:
         super().__init__()
-        self.norm = nn.RMSNorm(hidden_size, eps=epsilon)
+        self.norm, self.epsilon = nn.RMSNorm(hidden_size, eps=epsilon), epsilon
         mark_sequence_parallel(self.norm.weight, sequence_parallel)
 
     def forward(self, training: bool, fused: bool) -> Callable[[WithBias, Tensor, float], Tensor]:
@@ -24,5 +24,5 @@ class NormalisedAdd(nn.Module):
 
     def _add(self, output_with_bias: WithBias, residual: Tensor, dropout: float) -> Tensor:
         output, bias = output_with_bias
-        normed: Tensor = self.norm(output if bias is None else output + bias)
+        normed = rms_norm(output if bias is None else output + bias, self.norm.weight, self.epsilon)
         return residual + normed

@@ -83,9 +83,9 @@ class Saved:
         return width * self.item / self.layout.tensor
 
     def _norm(self, width: int) -> float:
-        """Input and inverse root mean square; on the CPU torch also keeps the input times that."""
+        """Input and inverse root mean square."""
         ranks = self.layout.tensor if self.layout.sequence_parallel else 1
-        return self._apart(width) * (1 if self.on_cuda else 2) + FP32 / ranks
+        return self._apart(width) + FP32 / ranks
 
     def _qkv(self) -> float:
         """The fused projection's output, which keys, values and gate logits are views of; QK-norm; RoPE's angles."""
@@ -94,8 +94,6 @@ class Saved:
         found = self._cut(attention_width(model) + 2 * kv_width(model) + gates)
         if model.qk_norm:
             found += self._queries_copied() + (model.num_query_heads + model.num_kv_heads) * FP32 / tensor
-            if not self.on_cuda:
-                found += self._cut(attention_width(model) + kv_width(model))
         return found
 
     def _queries_copied(self) -> float:
@@ -104,9 +102,14 @@ class Saved:
         return self._cut(attention_width(model)) if model.num_kv_heads > self.layout.tensor else 0.0
 
     def a_position(self) -> float:
-        """Bytes a position, whatever the number of sequences: RoPE's cosines and sines for queries and for keys, and
-        the causal mask where attention needs one."""
-        return 4 * self.model.head_dim * self.item + (self.sequence_length if self.model.softmax_sink else 0)
+        """A layer's bytes a position, whatever the number of sequences: the causal mask where attention needs one, and
+        on CUDA RoPE's cosines and sines, for queries and for keys."""
+        mask = self.sequence_length if self.model.softmax_sink else 0
+        return mask + (4 * self.model.head_dim * self.item if self.on_cuda else 0)
+
+    def angles(self) -> float:
+        """On the CPU one set of cosines and sines serves all layers; in bytes a position."""
+        return 0 if self.on_cuda else 2 * self.model.head_dim * self.item
 
     def _core_attention(self) -> tuple[float, float]:
         """(dropped by selective recomputation, kept): the rotated queries and keys and the output stay either way."""
@@ -186,8 +189,8 @@ class Saved:
         return 0.0
 
     def _ffn(self) -> float:
-        """Both halves of the first product, the activated half, the other one again, and what goes into the second."""
-        return self._cut(5 * self.model.ffn_size)
+        """Both halves of the first product, and what goes into the second."""
+        return self._cut(3 * self.model.ffn_size)
 
     def _experts(self) -> float:
         """Router and dispatch in fp32 and int64, then the FFN of each of the ``top_k`` copies of a token.
@@ -200,7 +203,7 @@ class Saved:
         apart = layout.tensor if layout.sequence_parallel else 1
         router = 13 * moe.num_experts + 28 * moe.top_k + 4
         copies = moe.top_k / (1 if layout.expert == 1 else apart)
-        one = self.model.hidden_size + 6 * self.model.ffn_size / layout.expert_tensor
+        one = self.model.hidden_size + 4 * self.model.ffn_size / layout.expert_tensor
         return router / apart + copies * (one * self.item + FP32)
 
 

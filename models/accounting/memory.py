@@ -86,6 +86,7 @@ def _activations(
     total = in_flight(layout, stage, num_micro_batches) * of_a_chunk
     ends = saved.ends(trial.data.vocab_size) if is_last else 0.0
     total += ends * tokens
+    total += saved.angles() * positions
     total += 8 * tokens if stage == 0 else 0.0  # token ids, for the embedding's gradient
     again = {
         "none": 0.0,

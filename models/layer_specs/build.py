@@ -24,6 +24,7 @@ from models.layer_specs import local, transformer_engine
 from models.layer_specs.backend import Taken
 from models.layer_specs.settings import transformer_config
 from models.norms import RMSNorm
+from models.swiglu import in_one_step
 
 
 def build_chunks(trial: TrialConfig, layout: Layout, device: str, backend: Taken = "local") -> list[GPTModel]:
@@ -41,6 +42,8 @@ def build_chunks(trial: TrialConfig, layout: Layout, device: str, backend: Taken
             _drop(trial, config, layer, range(num_drawn, first_layer), vp_stage)
         chunk = _chunk(trial, config, layer, norm, vp_stage)
         num_drawn = first_layer + len(chunk.decoder.layers)
+        if device == "cpu":
+            in_one_step(chunk)
         chunks.append(chunk.to(device) if device == "cuda" else chunk)
     return chunks
 

@@ -58,6 +58,8 @@ def wrap(
     # Megatron leaves the multiplier to its own scheduler, which is not used here.
     for group in optimizer.param_groups:
         group["weight_decay"] = train.weight_decay * group["wd_mult"]
+        if not on_cuda:
+            group["foreach"] = True  # torch takes it by itself only on CUDA; the numbers are the same
     return wrapped, optimizer
 
 
