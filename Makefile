@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 # Ray's and torch's own threads would fight over a laptop's cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test test-gpu lint format clean
+.PHONY: quickstart test test-gpu bench lint format clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/gatesweep run sweeps/quickstart.yaml
@@ -18,6 +18,10 @@ test: lint
 
 test-gpu: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m gpu
+
+# Ratios on this machine's CPU; gate_bandwidth.py in the same folder needs a GPU.
+bench: $(VENV)/installed-dev
+	for script in plain_gpt step_time; do $(BIN)/python -W ignore tests/bench/$$script.py || exit 1; done
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

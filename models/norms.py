@@ -39,20 +39,23 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """
     if x.is_cuda:
         return functional.rms_norm(x, weight.shape, weight, epsilon)
-    normed: Tensor = _RMSNorm.apply(x, weight, epsilon)  # type: ignore[no-untyped-call]
+    normed: Tensor = _RMSNorm.apply(x, x, weight, epsilon)  # type: ignore[no-untyped-call]
     return normed
 
 
 class _RMSNorm(torch.autograd.Function):
+    """Takes ``x`` twice, to hand its gradient back in torch's two parts: autograd adds each by itself to the residual's
+    gradient, and the sum of three floats hangs on the order."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, _: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         inverse_rms = x.pow(2).mean(-1, keepdim=True).add_(epsilon).rsqrt_()
         ctx.save_for_backward(x, weight, inverse_rms)
         return (x * inverse_rms).mul_(weight)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_normed: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, d_normed: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         x, weight, inverse_rms = ctx.saved_tensors
         width = x.shape[-1]
         work = x * inverse_rms
@@ -60,5 +63,4 @@ class _RMSNorm(torch.autograd.Function):
         d_x = d_normed * weight
         d_inverse_rms = torch.mul(d_x, x, out=work).sum(-1, keepdim=True)
         through_rms = (-0.5 * d_inverse_rms * inverse_rms.pow(3)).div_(width).mul_(2)
-        d_x.mul_(inverse_rms)
-        return torch.mul(x, through_rms, out=work).add_(d_x), d_weight, None
+        return d_x.mul_(inverse_rms), torch.mul(x, through_rms, out=work), d_weight, None

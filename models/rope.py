@@ -51,7 +51,8 @@ class _Rotation(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_rotated: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        d_t = d_rotated * cos
+        # Contiguous like torch's, whatever attention's gradients are: sums behind it hang on the order in memory.
+        d_t = torch.mul(d_rotated, cos, out=torch.empty(d_rotated.shape, dtype=d_rotated.dtype))
         turned = d_rotated * sin
         (first, second), (turned_first, turned_second) = d_t.chunk(2, dim=-1), turned.chunk(2, dim=-1)
         first.add_(turned_second)
