@@ -21,7 +21,7 @@ test-gpu: $(VENV)/installed-dev
 
 # Ratios on this machine's CPU; gate_bandwidth.py in the same folder needs a GPU.
 bench: $(VENV)/installed-dev
-	for script in plain_gpt step_time; do $(BIN)/python -W ignore tests/bench/$$script.py || exit 1; done
+	for script in plain_gpt step_time diagnostics; do $(BIN)/python -W ignore tests/bench/$$script.py || exit 1; done
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -5,6 +5,7 @@
 The model is written out below: RMSNorm, SwiGLU, RoPE, QK-norm, GQA through scaled_dot_product_attention, tied
 embeddings, AdamW in its foreach form, clipping. It has the preset's parameters, to the last one. A step of each is
 timed in turn, so that a busy machine slows all; what is printed is the median of the ratios, and their quartiles.
+On one core of a busy machine, 21 repetitions: 0.996 (0.965 to 1.016) of eager, 0.846 (0.829 to 0.858) of torch.compile.
 """
 
 from __future__ import annotations
