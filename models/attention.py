@@ -1,8 +1,9 @@
-"""Megatron's self-attention with gates at up to five places, and the paper's non-linearities without a gate.
+"""Megatron's self-attention with gates at up to five places, SwitchHead, and non-linearities without a gate.
 
 The gates' logits come out of the fused QKV projection: each query group's block is widened to
-[queries | gate rows, one block a gate | key | value], so that tensor parallelism shards whole groups and one matrix
-multiply serves all. A gate on the output projection (``dense``) has a projection of its own: its width is the model's.
+[queries | gate rows, one block a gate | key | value], with SwitchHead to [... | router | keys | values], so that tensor
+parallelism shards whole groups and one matrix multiply serves all. A gate on the output projection (``dense``) has a
+projection of its own: its width is the model's.
 
 Shapes: S sequence, B batch, G query groups, H heads, D head dimension, all per tensor-parallel rank. Logits are
 [S, B, heads, D or 1], or [S, B, G, heads a group, D or 1] as they come out of the projection.
@@ -27,16 +28,17 @@ from torch.distributed.nn.functional import all_reduce
 from torch.nn import functional
 
 from models import gates, kernels
-from models.config import GateConfig
+from models import switch_head as experts
+from models.config import GateConfig, SwitchHeadConfig
 from models.norms import mark_sequence_parallel
 
 Logits = dict[str, Tensor]
 
 
 class GatedSelfAttention(SelfAttention):  # type: ignore[misc]
-    """SelfAttention with ``gate_configs``, one a position, and ``sdpa_output`` (``group_norm``, ``silu`` or None).
+    """SelfAttention with ``gate_configs``, one a position, ``sdpa_output`` (``group_norm``, ``silu``) and SwitchHead.
 
-    With neither it is Megatron's own, unchanged. A group's block has a multiple of ``row_multiple`` rows, which FP8
+    With none it is Megatron's own, unchanged. A group's block has a multiple of ``row_multiple`` rows, which FP8
     asks for: rows of zeros at its end fill it up. They are read by nobody, so their gradient is zero and they stay
     zero; they are in checkpoints, and no count of parameters has them.
     """
@@ -49,6 +51,7 @@ class GatedSelfAttention(SelfAttention):  # type: ignore[misc]
         gate_configs: Sequence[GateConfig] = (),
         sdpa_output: str | None = None,
         row_multiple: int = 1,
+        switch_head: SwitchHeadConfig | None = None,
         **kwargs: Any,
     ) -> None:
         queries_per_group = config.num_attention_heads // config.num_query_groups
@@ -56,10 +59,11 @@ class GatedSelfAttention(SelfAttention):  # type: ignore[misc]
             gate.position: gates.gate_rows_per_group(gate, queries_per_group, config.kv_channels)
             for gate in gate_configs
         }
-        group_rows = (queries_per_group + 2) * config.kv_channels + sum(rows.values())
-        pad_rows = -group_rows % row_multiple
-        if any(rows.values()) or pad_rows:
-            widened = _widened(submodules.linear_qkv, config, gate_configs, rows, pad_rows)
+        kv_rows = experts.rows_per_group(switch_head, config.kv_channels)
+        expert_rows = sum(kv_rows) - 2 * config.kv_channels
+        pad_rows = -(queries_per_group * config.kv_channels + sum(rows.values()) + sum(kv_rows)) % row_multiple
+        if any(rows.values()) or expert_rows or pad_rows:
+            widened = _widened(submodules.linear_qkv, config, gate_configs, rows, expert_rows, pad_rows)
             submodules = dataclasses.replace(submodules, linear_qkv=widened)
         super().__init__(config, submodules, layer_number, **kwargs)
         self.pad_rows = pad_rows
@@ -68,6 +72,7 @@ class GatedSelfAttention(SelfAttention):  # type: ignore[misc]
         self.sdpa_output = sdpa_output
         self.score_tap: Callable[[str, Tensor], None] | None = None
         """Shown every gate's position and scores [S, B, heads, D or 1] while it is set, at the price of the kernel."""
+        self.switch_head, self.kv_rows = switch_head, kv_rows
         self._queries_per_group = queries_per_group
         dense = self.gate_configs.get("dense")
         if dense is not None and dense.input == "hidden":
@@ -158,7 +163,8 @@ class GatedSelfAttention(SelfAttention):  # type: ignore[misc]
         split_qkv: bool = True,
     ) -> Any:
         """Query [S, B, H, D], key and value [S, B, G, D]; with ``output_gate`` also the logits of the output gate."""
-        if not output_gate and self.gate_configs.keys() <= {"dense"} and not self.pad_rows:
+        is_plain = self.gate_configs.keys() <= {"dense"} and self.switch_head is None and not self.pad_rows
+        if is_plain and not output_gate:
             return super().get_query_key_value_tensors(hidden_states, key_value_states, output_gate, split_qkv)
         query, logits, key, value = self._project(hidden_states)
         value = self._gate_at("value", value, logits)
@@ -178,12 +184,16 @@ class GatedSelfAttention(SelfAttention):  # type: ignore[misc]
         mixed, _ = self.linear_qkv(hidden_states)
         head_dim = self.hidden_size_per_attention_head
         mixed = mixed.view(*mixed.shape[:2], self.num_query_groups_per_partition, -1)
-        rows = [self._queries_per_group * head_dim, *self.gate_rows.values(), head_dim, head_dim, self.pad_rows]
-        query, *gate_blocks, key, value, _ = torch.split(mixed, rows, dim=3)
+        rows = [self._queries_per_group * head_dim, *self.gate_rows.values(), *self.kv_rows, self.pad_rows]
+        query, *gate_blocks, router, key, value, _ = torch.split(mixed, rows, dim=3)
         logits = {}
         for position, block in zip(self.gate_rows, gate_blocks, strict=True):
             width = head_dim if self.gate_configs[position].granularity == "elementwise" else 1
             logits[position] = block.view(*block.shape[:3], -1, width)
+        if self.switch_head is not None:
+            value = experts.mixed(self.switch_head, router, value)
+            if self.switch_head.projections == "key_value":
+                key = experts.mixed(self.switch_head, router, key)
         return query.reshape(*query.shape[:2], -1, head_dim), logits, key, value
 
     def _gate_at(self, position: str, signal: Tensor, logits: Logits, qk_order: str | None = None) -> Tensor:
@@ -251,11 +261,12 @@ def _widened(
     config: TransformerConfig,
     gate_configs: Sequence[GateConfig],
     gate_rows: dict[str, int],
+    expert_rows: int,
     pad_rows: int,
 ) -> Callable[..., nn.Module]:
-    """The spec's QKV projection, with the gates' rows and the padding inside each query group's block."""
+    """The spec's QKV projection, with the rows of gates, experts and padding inside each query group's block."""
     query_rows = config.num_attention_heads // config.num_query_groups * config.kv_channels
-    added_rows = sum(gate_rows.values()) + pad_rows
+    added_rows = sum(gate_rows.values()) + expert_rows + pad_rows
     group_rows = query_rows + added_rows + 2 * config.kv_channels
 
     def build(

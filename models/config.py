@@ -65,6 +65,25 @@ class MoEConfig(Frozen):
         return self
 
 
+class SwitchHeadConfig(Frozen):
+    """SwitchHead (arXiv 2312.07987): ``num_experts`` projections a kv head for the value, or for key and value.
+
+    Of the layer's input a sigmoid router gives each kv head a score an expert; the ``top_k`` best experts' projections
+    are summed, weighted by their scores. Key and value share the router, as the source side does there. The output's
+    experts are not built: the paper of the gate (Table 6) has none.
+    """
+
+    projections: Literal["value", "key_value"]
+    num_experts: Count
+    top_k: Count
+
+    @model_validator(mode="after")
+    def _enough_experts(self) -> SwitchHeadConfig:
+        if self.top_k > self.num_experts:
+            raise ValueError(f"top_k {self.top_k} must not exceed num_experts {self.num_experts}")
+        return self
+
+
 class ModelConfig(Frozen):
     """A decoder of the paper's shape family, dense or MoE: pre-norm RMSNorm, SwiGLU, RoPE, GQA."""
 
@@ -76,6 +95,7 @@ class ModelConfig(Frozen):
     ffn_size: Count
     """Of one expert, where there are experts."""
     moe: MoEConfig | None = None
+    switch_head: SwitchHeadConfig | None = None
     qk_norm: bool = True
     tied_embeddings: bool = True
     rope_base: Positive = 10_000.0

@@ -44,7 +44,13 @@ def _qkv(fused: Tensor, model: ModelConfig, gates: Sequence[GateConfig]) -> Weig
         if gate.input == "hidden" and gate.position != "dense":
             heads = queries if gate.position in ("sdpa", "query") else 1
             rows[f"w_gate_{gate.position}"] = heads * dim if gate.granularity == "elementwise" else heads
-    rows |= {"wk": dim, "wv": dim}
+    switch = model.switch_head
+    if switch is None:
+        rows |= {"wk": dim, "wv": dim}
+    else:
+        several = switch.num_experts * dim
+        rows |= {"w_router": switch.num_experts, "wk": several if switch.projections == "key_value" else dim}
+        rows["wv"] = several
     blocks = fused.reshape(groups, sum(rows.values()), hidden).split(list(rows.values()), dim=1)
     return {part: block.reshape(-1, hidden).clone() for part, block in zip(rows, blocks, strict=True)}
 
@@ -158,6 +164,8 @@ class Oracle:
             name: (x @ weights[prefix + w].T).unflatten(-1, (-1, model.head_dim))
             for name, w in (("query", "wq"), ("key", "wk"), ("value", "wv"))
         }
+        if model.switch_head is not None:
+            self._switch(signal, prefix, x)
         signal["value"] = self._gated("value", signal["value"], prefix, x)
         for name in ("query", "key"):
             order = self.gates[name].qk_order if name in self.gates else None
@@ -179,6 +187,18 @@ class Oracle:
         mixed = self._gated("sdpa", mixed, prefix, x)
         output = mixed.flatten(-2) @ weights[prefix + "self_attention.linear_proj.weight"].T
         return self._gated("dense", output, prefix, x)
+
+    def _switch(self, signal: dict[str, Tensor], prefix: str, x: Tensor) -> None:
+        """SwitchHead: head by head, the sum of its chosen experts' projections times their sigmoid scores."""
+        switch = self.model.switch_head
+        assert switch is not None
+        logits = (x @ self.weights[prefix + "w_router"].T).unflatten(-1, (self.model.num_kv_heads, -1))
+        scores = activation("sigmoid", logits) * chosen(logits, switch.top_k)
+        for name in ("value",) if switch.projections == "value" else ("key", "value"):
+            experts = signal[name].unflatten(2, (self.model.num_kv_heads, switch.num_experts))
+            signal[name] = sum(
+                scores[..., expert, None] * experts[:, :, :, expert] for expert in range(switch.num_experts)
+            )
 
     def _sdpa(self, query_BSHD: Tensor, key_BSKD: Tensor, value_BSKD: Tensor, sinks_H: Tensor | None) -> Tensor:
         """Query head h attends with key/value head h // (H / K); causal. A sink adds e^sink to the denominator."""

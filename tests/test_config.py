@@ -11,6 +11,7 @@ from models.config import (
     Layout,
     ModelConfig,
     MoEConfig,
+    SwitchHeadConfig,
     TrainConfig,
     TrialConfig,
     ValidationConfig,
@@ -210,6 +211,7 @@ FULL = trial(GateConfig(position="sdpa"), data=DataConfig(corpus_sha256="c" * 64
 OTHER_VALUES = {
     "sdpa_output": "silu",
     "moe": MoEConfig(num_experts=8, top_k=2),
+    "switch_head": SwitchHeadConfig(projections="value", num_experts=2, top_k=1),
     "more_gates": (GateConfig(position="dense"),),
     "granularity": "headwise",
     "sharing": "head_shared",

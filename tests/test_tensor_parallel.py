@@ -9,7 +9,7 @@ from oracle import token_weight, wrong
 from small_trials import KINDS, SMALL, VOCABULARY, build, shape_of, small_batch, small_trial, token_losses
 
 from models import accounting
-from models.config import GateConfig, Layout
+from models.config import GateConfig, Layout, SwitchHeadConfig
 from models.presets import PRESETS
 
 LAYOUT = Layout(tensor=2)
@@ -18,6 +18,16 @@ SHAPES = {
     "two groups a rank": SMALL.model_copy(update={"num_query_heads": 8, "num_kv_heads": 4, "head_dim": 4}),
     "norms everywhere": SMALL.model_copy(update={"sandwich_norm": True, "sdpa_output": "group_norm"}),
     "sinks and SiLU": SMALL.model_copy(update={"softmax_sink": True, "sdpa_output": "silu"}),
+    "value experts": SMALL.model_copy(
+        update={"switch_head": SwitchHeadConfig(projections="value", num_experts=3, top_k=2)}
+    ),
+    "key and value experts": SMALL.model_copy(
+        update={
+            "num_query_heads": 8,
+            "num_kv_heads": 4,
+            "switch_head": SwitchHeadConfig(projections="key_value", num_experts=4, top_k=1),
+        }
+    ),
 }
 TOLERANCE = 2e-5
 """Twice that of one rank: sums are taken in another order."""
@@ -41,6 +51,8 @@ def shared_gates():
 
 
 GATES = KINDS | dict(shared_gates())
+WITH_EXPERTS = ("baseline", "sdpa-elementwise-hidden", "value-headwise-hidden", "key-elementwise-none")
+"""Gates that are tried beside SwitchHead: its rows stand between theirs and the end of a group's block."""
 
 
 # -- what a rank holds ----------------------------------------------------------------------------------------
@@ -113,7 +125,8 @@ def wholes(world):
             name: parameter.detach().numpy()
             for name, parameter in build(small_trial(gate, SHAPES[shape])).named_parameters()
         }
-        for shape, (kind, gate) in itertools.product(SHAPES, GATES.items())
+        for shape, kind in comparable()
+        for gate in (GATES[kind],)
     }
 
 
@@ -128,6 +141,8 @@ def both(wholes):
 def comparable():
     """Every gate in every shape, but for the scalars that a norm behind them cancels: their gradient is rounding."""
     for shape, kind in itertools.product(SHAPES, GATES):
+        if SHAPES[shape].switch_head is not None and kind not in WITH_EXPERTS:
+            continue
         a_scalar = kind.startswith("value-headwise-none") or (kind.startswith("sdpa-headwise") and "shared" in kind)
         if not (shape == "norms everywhere" and a_scalar):
             yield shape, kind

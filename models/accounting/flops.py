@@ -18,7 +18,10 @@ class FlopsPerToken:
     """Forward pass by its parts; the backward pass costs each of them twice (a gradient for either factor)."""
 
     matrices: int
-    """Projections, FFN (of its ``top_k`` experts), router and output layer."""
+    """Projections, FFN (of its ``top_k`` experts), router and output layer.
+
+    SwitchHead's experts count all: each is computed for every token, and the best are chosen then.
+    """
     attention: int
     """Queries x keys, and weights x values."""
     recomputation: int = 0

@@ -54,6 +54,16 @@ def kv_width(model: ModelConfig) -> int:
     return model.num_kv_heads * model.head_dim
 
 
+def kv_projection_width(model: ModelConfig, *, active: bool) -> int:
+    """Outputs of the key and value projections, and of SwitchHead's routers; active are the ``top_k`` experts'."""
+    heads, switch = model.num_kv_heads, model.switch_head
+    if switch is None:
+        return 2 * kv_width(model)
+    experts = switch.top_k if active else switch.num_experts
+    keys = experts if switch.projections == "key_value" else 1
+    return heads * ((keys + experts) * model.head_dim + switch.num_experts)
+
+
 @dataclass(frozen=True)
 class LayerParameters:
     """One layer's, by how layouts cut them."""
@@ -76,7 +86,7 @@ def layer_parameters(model: ModelConfig, gates: Gates) -> LayerParameters:
     group_norm = width if model.sdpa_output == "group_norm" else 0
     sinks = model.num_query_heads if model.softmax_sink else 0
     return LayerParameters(
-        attention=hidden * (2 * width + 2 * kv_width(model)) + gate_matrix_parameters(model, gates),
+        attention=hidden * (2 * width + kv_projection_width(model, active=False)) + gate_matrix_parameters(model, gates),
         ffn=3 * hidden * model.ffn_size,
         router=hidden * model.moe.num_experts if model.moe is not None else 0,
         norms=norms + sum(size for position, size in vectors if position == "dense"),
@@ -90,13 +100,16 @@ def parameters(model: ModelConfig, gates: Gates, vocab_size: int) -> int:
 
 
 def active_parameters(model: ModelConfig, gates: Gates, vocab_size: int) -> int:
-    """Those that one token uses: of the experts only its ``top_k``; the embeddings whole."""
+    """Those that one token uses: of experts, in FFNs and in heads, only its ``top_k``; the embeddings whole."""
     return _parameters(model, gates, vocab_size, active=True)
 
 
 def _parameters(model: ModelConfig, gates: Gates, vocab_size: int, *, active: bool) -> int:
     layer = layer_parameters(model, gates)
     of_a_layer = layer.attention + layer.router + layer.norms + layer.heads + num_ffns(model, active=active) * layer.ffn
+    if active:
+        idle = kv_projection_width(model, active=False) - kv_projection_width(model, active=True)
+        of_a_layer -= model.hidden_size * idle
     embeddings = vocab_size * model.hidden_size * (1 if model.tied_embeddings else 2)
     return embeddings + model.num_layers * of_a_layer + model.hidden_size
 

@@ -19,7 +19,7 @@ from models.residual import NormalisedAdd
 
 def attention_options(model: ModelConfig, gates: Sequence[GateConfig]) -> dict[str, Any]:
     """What GatedSelfAttention takes beside Megatron's own, on every back end."""
-    return {"gate_configs": tuple(gates), "sdpa_output": model.sdpa_output}
+    return {"gate_configs": tuple(gates), "sdpa_output": model.sdpa_output, "switch_head": model.switch_head}
 
 
 def layer_spec(model: ModelConfig, gates: Sequence[GateConfig], *, sequence_parallel: bool = False) -> ModuleSpec:

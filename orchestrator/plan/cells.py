@@ -25,7 +25,7 @@ class Leaf:
 
 
 Leaves = dict[str, Leaf]
-_NULLABLE = ("gate", "model.moe", "fp8")
+_NULLABLE = ("gate", "model.moe", "model.switch_head", "fp8")
 """Sections of the config that may be absent."""
 
 
