@@ -196,6 +196,8 @@ class DataConfig(Frozen):
     validation_every: Annotated[int, BeforeValidator(_integral), Field(ge=2)] = 20
     """Document i (0-based) is validation when i % validation_every == validation_every - 1."""
     validation: ValidationConfig = ValidationConfig()
+    padded_vocab_size: Count | None = None
+    """Rows of the embedding, at least the tokenizer's tokens: so that tensor ranks divide them, or as published."""
     vocab_size: Count = 256
     corpus_sha256: str = ""
     tokenizer_sha256: str = ""

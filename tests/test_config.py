@@ -211,6 +211,7 @@ FULL = trial(GateConfig(position="sdpa"), data=DataConfig(corpus_sha256="c" * 64
 OTHER_VALUES = {
     "sdpa_output": "silu",
     "moe": MoEConfig(num_experts=8, top_k=2),
+    "padded_vocab_size": 512,
     "switch_head": SwitchHeadConfig(projections="value", num_experts=2, top_k=1),
     "more_gates": (GateConfig(position="dense"),),
     "granularity": "headwise",

@@ -504,3 +504,12 @@ def test_a_wrong_vocabulary_is_refused_on_a_finished_folder_too(small):
     content, data = small
     with pytest.raises(CorpusError, match=r"data.vocab_size is 300, but tokenizer bytes has 256 tokens"):
         prepare(data.model_copy(update={"vocab_size": 300}), content.directory.parent)
+
+
+def test_a_padded_vocabulary_changes_no_token(corpus, tmp_path):
+    """Only the model has the further rows; below the tokenizer's tokens it would lack some."""
+    plain = prepare(config(corpus), tmp_path / "data")
+    padded = prepare(config(corpus, vocab_size=320, padded_vocab_size=320), tmp_path / "data")
+    assert padded.directory == plain.directory
+    with pytest.raises(CorpusError, match=r"data.vocab_size is 200, but tokenizer bytes has 256 tokens"):
+        prepare(config(corpus, vocab_size=200, padded_vocab_size=200), tmp_path / "data")

@@ -471,12 +471,55 @@ def test_a_width_on_an_axis_is_matched_from(plan):
     assert one(planned, "none", **{"model.ffn_size": 256}).config.model.ffn_size == 256
 
 
+# ---- a vocabulary with room, and data that is elsewhere
+
+
+def test_a_padded_vocabulary_counts_as_parameters(plan):
+    plain, padded = plan(SMALL), plan(SMALL, "data.padded_vocab_size=320")
+    assert one(padded, "none").config.data.vocab_size == 320
+    hidden = one(plain, "none").config.model.hidden_size
+    assert one(padded, "none").num_parameters - one(plain, "none").num_parameters == 64 * hidden
+    assert one(padded, "none").fingerprint != one(plain, "none").fingerprint
+
+
+def test_a_vocabulary_padded_below_the_tokenizers_is_refused(plan):
+    with pytest.raises(
+        UserError, match=r"base\.data\.padded_vocab_size: got 255; allowed: at least 256, the tokens of"
+    ):
+        plan(SMALL, "data.padded_vocab_size=255")
+
+
+ELSEWHERE = ("data.corpus=/nowhere/c.jsonl", "data.tokenizer=/nowhere/t.json")
+
+
+def test_absolute_paths_may_be_absent_from_a_plan_that_is_for_looking_at(folder):
+    sweep = parse(SMALL, folder / "x.yaml", (*ELSEWHERE, "data.padded_vocab_size=1000"))
+    with pytest.raises(UserError, match=r"data\.corpus: got '/nowhere/c\.jsonl', but there is no file"):
+        expand(sweep)
+    planned = expand(sweep, files_may_be_absent=True)
+    assert [str(path) for path in planned.absent_files] == ["/nowhere/c.jsonl", "/nowhere/t.json"]
+    data = one(planned, "none").config.data
+    assert (data.vocab_size, data.corpus_sha256, data.tokenizer_sha256) == (1000, "", "")
+
+
+def test_relative_paths_come_with_the_sweep_and_may_not_be_absent(folder):
+    with pytest.raises(UserError, match=r"got 'nowhere\.jsonl', but there is no file"):
+        expand(parse(SMALL, folder / "x.yaml", ("data.corpus=nowhere.jsonl",)), files_may_be_absent=True)
+
+
+def test_an_absent_tokenizer_needs_a_stated_vocabulary(folder):
+    said = r"data\.tokenizer: there is no file /nowhere/t\.json; to plan without it, set data\.padded_vocab_size"
+    with pytest.raises(UserError, match=said):
+        expand(parse(SMALL, folder / "x.yaml", ELSEWHERE), files_may_be_absent=True)
+
+
 # ---- the files of this repository
 
 
 def test_every_sweep_of_this_repository_is_planned_without_refusals():
     for path in sorted((Path(__file__).parent.parent / "sweeps").rglob("*.yaml")):
-        planned = expand(load(path))
+        overrides = ("resources.layout.expert=1",) if "paper" in path.parts else ()
+        planned = expand(load(path, overrides), files_may_be_absent=True)
         assert planned.trials
         assert planned.refusals == ()
 

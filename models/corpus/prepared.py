@@ -184,7 +184,7 @@ def _check_hash(key: str, path: Path, expected: str) -> None:
 
 
 def _check_vocab_size(data: DataConfig, actual: int) -> None:
-    if data.vocab_size != actual:
+    if data.vocab_size != max(actual, data.padded_vocab_size or 0):
         raise CorpusError(
             f"data.vocab_size is {data.vocab_size:,}, but tokenizer {data.tokenizer} has {actual:,} tokens"
             + ("" if data.tokenizer == "bytes" else " (its highest id + 1, and one for end of document)")

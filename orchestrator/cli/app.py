@@ -53,7 +53,7 @@ class TableFormat(StrEnum):
 @app.command()
 def plan(file: File, overrides: Overrides = None) -> None:
     """Print every trial, its parameters and FLOPs, and the refusals. Starts nothing, writes nothing."""
-    planned = expand(load(file, overrides or ()))
+    planned = expand(load(file, overrides or ()), files_may_be_absent=True)
     console.print(report.plan_table(planned, _known_states(Home.of(), planned.sweep.name)))
     if planned.refusals:
         raise typer.Exit(USER_ERROR_EXIT)

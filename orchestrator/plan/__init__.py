@@ -72,6 +72,8 @@ class Plan:
     sweep: Sweep
     trials: tuple[PlannedTrial, ...]
     refusals: tuple[Refusal, ...]
+    absent_files: tuple[Path, ...] = ()
+    """What the trials need and this machine lacks: fingerprints will be others where it is."""
 
     @property
     def training_flops(self) -> int:
@@ -91,13 +93,18 @@ class _Cell:
         return f"{self.arm} ({values})" if values else self.arm
 
 
-def expand(sweep: Sweep) -> Plan:
-    """All trials of a sweep; UserError when a cell makes no config or two cells are the same trial."""
+def expand(sweep: Sweep, *, files_may_be_absent: bool = False) -> Plan:
+    """All trials of a sweep; UserError when a cell makes no config or two cells are the same trial.
+
+    ``files_may_be_absent``: a corpus or tokenizer with an absolute path may be on another machine only. Such a plan
+    is for looking at: its fingerprints stand for paths and not for content.
+    """
     num_cells = number_of_cells(sweep)
     num_trials = num_cells * len(sweep.seeds) + num_cells // len(sweep.arms) * len(sweep.extra_baseline_seeds)
     if num_trials > MAX_TRIALS:
         raise UserError(f"{sweep.places.file}: {num_trials:,} trials; allowed: at most {MAX_TRIALS:,}")
-    cells = _cells(sweep)
+    files = Files(Path(sweep.path).parent, may_be_absent=files_may_be_absent)
+    cells = _cells(sweep, files)
     runnable: list[_Cell] = []
     refused: list[Refusal] = []
     for cell in cells:
@@ -114,12 +121,11 @@ def expand(sweep: Sweep) -> Plan:
             runnable.append(_Cell(cell.arm, cell.axes, cell.leaves, config))
     _refuse_identical(sweep, runnable)
     _refuse_other_measures(sweep, runnable)
-    return Plan(sweep, _in_order(sweep, runnable), tuple(refused))
+    return Plan(sweep, _in_order(sweep, runnable), tuple(refused), tuple(files.absent.values()))
 
 
-def _cells(sweep: Sweep) -> list[_Cell]:
+def _cells(sweep: Sweep, files: Files) -> list[_Cell]:
     """Every cell that is not excluded, with its config unmatched."""
-    files = Files(Path(sweep.path).parent)
     cells: list[_Cell] = []
     errors: dict[tuple[DocumentPath, str, bool], set[str]] = {}
     used_entries: set[int] = set()

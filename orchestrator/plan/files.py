@@ -25,10 +25,17 @@ class FileError(Exception):
 
 
 class Files:
-    """Reads and hashes each file once. ``folder``: where relative paths start, the sweep file's own."""
+    """Reads and hashes each file once. ``folder``: where relative paths start, the sweep file's own.
 
-    def __init__(self, folder: Path) -> None:
+    ``may_be_absent``: a file with an absolute path belongs to the machine that will run the sweep, and need not be
+    here. It has no hash then, a tokenizer no vocabulary, and ``absent`` names it.
+    """
+
+    def __init__(self, folder: Path, *, may_be_absent: bool = False) -> None:
         self._folder = folder
+        self._may_be_absent = may_be_absent
+        self.absent: dict[str, Path] = {}
+        """By the name in the sweep."""
         self._corpora: dict[str, dict[str, Any] | FileError] = {}
         self._tokenizers: dict[str, dict[str, Any] | FileError] = {}
 
@@ -45,6 +52,8 @@ class Files:
             path = built_in_corpus_path()
         else:
             path = self._existing(name, f"{BUILT_IN_CORPUS}, or the path of a .jsonl, .jsonl.xz or .jsonl.gz file")
+        if name in self.absent:
+            return {"corpus": str(path)}
         _check_first_document(path)
         stays = name if name == BUILT_IN_CORPUS else str(path)
         return {"corpus": stays, "corpus_sha256": _sha256(path)}
@@ -53,6 +62,8 @@ class Files:
         if name == BUILT_IN_TOKENIZER:
             return {"tokenizer": name, "tokenizer_sha256": name, "vocab_size": 256}
         path = self._existing(name, f"{BUILT_IN_TOKENIZER}, or the path of a Hugging Face tokenizer.json")
+        if name in self.absent:
+            return {"tokenizer": str(path)}
         return {
             "tokenizer": str(path),
             "tokenizer_sha256": _sha256(path),
@@ -62,8 +73,12 @@ class Files:
     def _existing(self, name: str, allowed: str) -> Path:
         try:
             path = Path(name).expanduser()
-            path = (path if path.is_absolute() else self._folder / path).resolve()
+            is_absolute = path.is_absolute()
+            path = (path if is_absolute else self._folder / path).resolve()
             if not path.exists():
+                if self._may_be_absent and is_absolute:
+                    self.absent[name] = path
+                    return path
                 raise FileError(f"got {name!r}, but there is no file {path}; allowed: {allowed}")
             if not path.is_file():
                 raise FileError(f"got {name!r}, but {path} is not a file; allowed: {allowed}")

@@ -40,6 +40,19 @@ def _look_up_files(values: dict[str, Any], leaves: Leaves, files: Files) -> None
             data |= look_up(leaf.value)
         except FileError as problem:
             raise CellError(leaf.source, str(problem)) from problem
+    _pad_vocabulary(data, leaves)
+
+
+def _pad_vocabulary(data: dict[str, Any], leaves: Leaves) -> None:
+    """``vocab_size`` is the tokenizer's, or what the sweep pads it to; without the tokenizer only the latter is known."""
+    padded, tokens = data.get("padded_vocab_size"), data.get("vocab_size")
+    if padded is None and tokens is None:
+        said = f"there is no file {data['tokenizer']}; to plan without it, set data.padded_vocab_size"
+        raise CellError(leaves["data.tokenizer"].source, said)
+    if padded is not None and tokens is not None and padded < tokens:
+        allowed = f"at least {tokens:,}, the tokens of {data['tokenizer']}"
+        raise CellError(leaves["data.padded_vocab_size"].source, f"got {padded:,}; allowed: {allowed}")
+    data["vocab_size"] = padded or tokens
 
 
 def matched(config: TrialConfig, sweep: Sweep, arm: str) -> TrialConfig:

@@ -82,9 +82,17 @@ def plan_table(plan: Plan, states: Mapping[str, str] | None = None) -> Renderabl
     headings = ("#", "arm", *names, "seed", "parameters", *active, "FLOPs", "micro-batch", "memory", "state")
     table = _Listing(headings, tuple(rows))
     parts: list[RenderableType] = [Text.assemble((plan.sweep.name, "bold"), f": {plan.sweep.question}"), Text("")]
+    parts += _absent_lines(plan)
     parts += _refusal_lines(plan.refusals)
     parts += [table, Text("")] if plan.trials else []
     return Group(*parts, *map(Text, _plan_totals(plan, known)))
+
+
+def _absent_lines(plan: Plan) -> list[Text]:
+    if not plan.absent_files:
+        return []
+    lines = [Text(f"not on this machine: {path}", style="bold yellow") for path in plan.absent_files]
+    return [*lines, Text("  fingerprints are provisional, and run refuses until it is there", style="yellow"), Text("")]
 
 
 def _refusal_lines(refusals: Sequence[Refusal]) -> list[Text]:
