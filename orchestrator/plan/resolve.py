@@ -44,7 +44,7 @@ def _look_up_files(values: dict[str, Any], leaves: Leaves, files: Files) -> None
 
 
 def _pad_vocabulary(data: dict[str, Any], leaves: Leaves) -> None:
-    """``vocab_size`` is the tokenizer's, or what the sweep pads it to; without the tokenizer only the latter is known."""
+    """``vocab_size``: the tokenizer's, or what the sweep pads it to; without the tokenizer only the latter is known."""
     padded, tokens = data.get("padded_vocab_size"), data.get("vocab_size")
     if padded is None and tokens is None:
         said = f"there is no file {data['tokenizer']}; to plan without it, set data.padded_vocab_size"
