@@ -84,6 +84,13 @@ class SwitchHeadConfig(Frozen):
         return self
 
 
+class PluginConfig(Frozen):
+    """A mechanism from another package (``models.plugins``). A sweep names options only; the plan writes both."""
+
+    options: dict[str, Any]
+    sha256: str
+
+
 class ModelConfig(Frozen):
     """A decoder of the paper's shape family, dense or MoE: pre-norm RMSNorm, SwiGLU, RoPE, GQA."""
 
@@ -105,6 +112,7 @@ class ModelConfig(Frozen):
     """A learned logit a head in the softmax's denominator, which can take attention off the first token."""
     sandwich_norm: bool = False
     """Normalise the outputs of attention and FFN before they join the residual."""
+    plugins: dict[str, PluginConfig] = Field(default={}, description="a mapping from plug-ins to their options")
     norm_epsilon: Positive = 1e-6
     init_std: Positive = 0.02
 
@@ -355,7 +363,9 @@ def evenly_spaced(num_steps: int, points: int) -> tuple[int, ...]:
 
 def _without_absent(content: dict[str, Any]) -> dict[str, Any]:
     kept = {key: _without_absent(value) if isinstance(value, dict) else value for key, value in content.items()}
-    return {key: value for key, value in kept.items() if value is not None and value is not False and value != []}
+    return {
+        key: value for key, value in kept.items() if value is not None and value is not False and value not in ([], {})
+    }
 
 
 Backend = Literal["auto", "local", "transformer_engine"]

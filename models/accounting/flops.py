@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from models import plugins
 from models.accounting.parameters import Gates, attention_width, layer_parameters, num_ffns
 from models.config import ModelConfig
 
@@ -57,6 +58,9 @@ def flops_per_token(
     """Mean over a sequence's tokens. ``recompute`` as in Layout: none, selective (core attention) or full (layers)."""
     layer = layer_parameters(model, gates)
     of_a_layer = 2 * (layer.attention + layer.router + num_ffns(model, active=True) * layer.ffn)
+    of_a_layer += sum(
+        plugin.forward_flops_per_token(model, options, sequence_length) for _, plugin, options in plugins.of(model)
+    )
     keys = (sequence_length + 1) / 2 if causal else sequence_length
     attention = int(model.num_layers * 4 * keys * attention_width(model))
     layers = model.num_layers * of_a_layer

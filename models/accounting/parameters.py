@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from models import plugins
 from models.config import GateConfig, Layout, ModelConfig
 
 Gates = GateConfig | Sequence[GateConfig] | None
@@ -94,6 +95,11 @@ def layer_parameters(model: ModelConfig, gates: Gates) -> LayerParameters:
     )
 
 
+def plugin_parameters(model: ModelConfig) -> int:
+    """What the plug-ins add to one layer, by their own account."""
+    return sum(plugin.parameters(model, options) for _, plugin, options in plugins.of(model))
+
+
 def parameters(model: ModelConfig, gates: Gates, vocab_size: int) -> int:
     """All trainable parameters, embeddings included (tied ones once)."""
     return _parameters(model, gates, vocab_size, active=False)
@@ -107,6 +113,7 @@ def active_parameters(model: ModelConfig, gates: Gates, vocab_size: int) -> int:
 def _parameters(model: ModelConfig, gates: Gates, vocab_size: int, *, active: bool) -> int:
     layer = layer_parameters(model, gates)
     of_a_layer = layer.attention + layer.router + layer.norms + layer.heads + num_ffns(model, active=active) * layer.ffn
+    of_a_layer += plugin_parameters(model)
     if active:
         idle = kv_projection_width(model, active=False) - kv_projection_width(model, active=True)
         of_a_layer -= model.hidden_size * idle
@@ -130,11 +137,13 @@ class RankParameters:
 def rank_parameters(model: ModelConfig, gates: Gates, vocab_size: int, layout: Layout, stage: int) -> RankParameters:
     """Parameters of one rank of pipeline stage ``stage`` (0-based), tied embeddings on both ends counted twice.
 
-    Ranks of a stage hold equal numbers; sizes are taken to be divisible as ``plan`` demands.
+    Ranks of a stage hold equal numbers; sizes are taken to be divisible as ``plan`` demands. How a plug-in is cut is
+    its own affair: its parameters are taken to be whole on every rank.
     """
     layer, num_layers = layer_parameters(model, gates), model.num_layers // layout.pipeline
     ffn = layer.ffn // layout.tensor
     of_a_layer = (layer.attention + layer.heads) // layout.tensor + layer.router + layer.norms
+    of_a_layer += plugin_parameters(model)
     experts = 0
     if model.moe is not None:
         ffn, experts = 0, model.moe.num_experts // layout.expert * (layer.ffn // layout.expert_tensor)

@@ -19,6 +19,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import nn
 
+from models import plugins
 from models.config import Layout, TrialConfig
 from models.layer_specs import local, transformer_engine
 from models.layer_specs.backend import Taken
@@ -52,9 +53,13 @@ def _parts(trial: TrialConfig, layout: Layout, backend: Taken) -> tuple[ModuleSp
     """The layer's spec, and the module of the norm behind the last one."""
     on_sequence = layout.sequence_parallel
     if backend == "local":
-        return local.layer_spec(trial.model, trial.gates, sequence_parallel=on_sequence), RMSNorm
-    spec = transformer_engine.layer_spec(trial.model, trial.gates, trial.fp8, sequence_parallel=on_sequence)
-    return spec, transformer_engine.norm()
+        spec, norm = local.layer_spec(trial.model, trial.gates, sequence_parallel=on_sequence), RMSNorm
+    else:
+        spec = transformer_engine.layer_spec(trial.model, trial.gates, trial.fp8, sequence_parallel=on_sequence)
+        norm = transformer_engine.norm()
+    for _, plugin, options in plugins.of(trial.model):
+        spec = plugin.layer_spec(spec, trial.model, options)
+    return spec, norm
 
 
 def build_model(trial: TrialConfig, layout: Layout, device: str, backend: Taken = "local") -> GPTModel:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from models import checkpoint, corpus, layer_specs, run_dir
+from models import accounting, checkpoint, corpus, layer_specs, plugins, run_dir
 from models import device as devices
 from models.config import TrialConfig
 from models.run_dir import AttemptSpec, StepRecord, Summary
@@ -101,6 +101,7 @@ class _Attempt:
 
     def _build(self) -> None:
         trial, world, spec = self.trial, self.world, self.spec
+        plugins.check_source(trial.model)
         prepared = corpus.prepare(trial.data, Path(spec.data_dir))
         devices.seed_everything(trial.seed, world.device)
         self.backend = layer_specs.choose_backend(trial, spec.backend, world.device)
@@ -111,6 +112,8 @@ class _Attempt:
         self.chunks, self.optimizer = wrap(
             trial, chunks, world.device, distributed_optimizer=world.layout.distributed_optimizer
         )
+        _check_accounting(trial, self.num_parameters)
+        self.chunks, self.optimizer = wrap(trial, chunks, world.device)
         self.micro_batch = spec.micro_batch_sequences or trial.batch_sequences // world.layout.data
         self.batches = corpus.TrainBatches(
             corpus.train_dataset(
@@ -195,4 +198,15 @@ class _Attempt:
             num_parameters=self.num_parameters,
             backend=self.backend,
             error=error,
+        )
+
+
+def _check_accounting(trial: TrialConfig, built: int) -> None:
+    """PluginError when plug-ins count their parameters wrong: tables and matching would go by the wrong number."""
+    expected = accounting.parameters(trial.model, trial.gates, trial.data.vocab_size)
+    if trial.model.plugins and built != expected:
+        raise plugins.PluginError(
+            f"plug-ins {', '.join(sorted(trial.model.plugins))}: the model was built with {built:,} parameters, and "
+            f"with what their parameters() say it has {expected:,}: {built - expected:+,} over "
+            f"{trial.model.num_layers} layers"
         )

@@ -26,7 +26,8 @@ class Leaf:
 
 Leaves = dict[str, Leaf]
 _NULLABLE = ("gate", "model.moe", "model.switch_head", "fp8")
-"""Sections of the config that may be absent."""
+"""Sections of the config that may be absent, as every plug-in's may."""
+_PLUGINS = "model.plugins."
 
 
 class CellError(Exception):
@@ -84,7 +85,9 @@ def compose(sweep: Sweep, arm: str, assignment: Leaves) -> Leaves:
     leaves: Leaves = {}
     for nested, source in ((sweep.base, ("base",)), (sweep.arms[arm], ("arms", arm))):
         for path, leaf in _flat(nested, "", source):
-            _lay_over(leaves, path, leaf)
+            # A plug-in without options of its own here leaves those from before as they are.
+            if leaf.value != {} or not any(old.startswith(f"{path}.") for old in leaves):
+                _lay_over(leaves, path, leaf)
     for path, leaf in assignment.items():
         _lay_over(leaves, path, leaf)
     preset = leaves.get("model.preset")
@@ -127,7 +130,9 @@ def _value(leaves: Leaves, path: str) -> Any:
     if path in leaves:
         return leaves[path].value
     section = path.rpartition(".")[0]
-    if section in _NULLABLE and not any(other.startswith(f"{section}.") for other in leaves):
+    if (section in _NULLABLE or section.startswith(_PLUGINS)) and not any(
+        other.startswith(f"{section}.") for other in leaves
+    ):
         return None
     return config_fields()[path].default
 
@@ -141,7 +146,7 @@ def _of_preset(preset: Leaf) -> Iterator[tuple[str, Leaf]]:
 def _flat(tree: Mapping[str, Any], prefix: str, source: DocumentPath) -> Iterator[tuple[str, Leaf]]:
     for name, value in tree.items():
         below = (*source, name)
-        if isinstance(value, dict):
+        if isinstance(value, dict) and (value or prefix != _PLUGINS):
             yield from _flat(value, f"{prefix}{name}.", below)
         else:
             yield f"{prefix}{name}", Leaf(value, below)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from models import plugins
 from models.config import TrialConfig
 from orchestrator.plan.backend import backend_refusals
 from orchestrator.sweep import ResourcesConfig
@@ -14,7 +15,7 @@ from orchestrator.sweep import ResourcesConfig
 
 def refusals(config: TrialConfig, resources: ResourcesConfig) -> list[str]:
     """Why this version cannot run the config with these resources; empty when it can."""
-    rules = (_tensor, _sequence, _pipeline, _expert, _context, _batch, backend_refusals)
+    rules = (_tensor, _sequence, _pipeline, _expert, _context, _batch, backend_refusals, _plugins)
     return [reason for rule in rules for reason in rule(config, resources)]
 
 
@@ -103,3 +104,9 @@ def _batch(config: TrialConfig, resources: ResourcesConfig) -> Iterator[str]:
         yield f"{batch} is not divisible by layout.data {data}"
     elif micro is not None and sequences % (micro * data):
         yield f"{batch} is not divisible by micro_batch_sequences {micro} x layout.data {data}"
+
+
+def _plugins(config: TrialConfig, resources: ResourcesConfig) -> Iterator[str]:
+    for name, plugin, options in plugins.of(config.model):
+        for reason in plugin.refusals(config.model, options, resources.layout):
+            yield f"plug-in {name}: {reason}"

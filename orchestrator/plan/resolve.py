@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from models import plugins
 from models.accounting import default_ffn_multiple, match_ffn_size, match_ffn_size_for_flops
 from models.config import TrialConfig
 from orchestrator.plan.cells import CellError, Leaf, Leaves, nested
@@ -25,6 +26,7 @@ def cell_config(arm: str, leaves: Leaves, files: Files) -> TrialConfig:
     values = nested(leaves)
     values["seed"] = 0
     _look_up_files(values, leaves, files)
+    _look_up_plugins(values, leaves)
     try:
         return TrialConfig.model_validate(values)
     except ValidationError as error:
@@ -41,6 +43,30 @@ def _look_up_files(values: dict[str, Any], leaves: Leaves, files: Files) -> None
         except FileError as problem:
             raise CellError(leaf.source, str(problem)) from problem
     _pad_vocabulary(data, leaves)
+
+
+def _look_up_plugins(values: dict[str, Any], leaves: Leaves) -> None:
+    """Each plug-in's options with their defaults, and the hash of its source; null leaves it out."""
+    model = values.get("model", {})
+    named = {name: options for name, options in (model.get("plugins") or {}).items() if options is not None}
+    if "plugins" in model:
+        model["plugins"] = {}
+    for name, options in named.items():
+        path = f"model.plugins.{name}"
+        try:
+            model["plugins"][name] = plugins.planned(name, options).model_dump()
+        except ValidationError as error:
+            detail = error.errors()[0]
+            where = ".".join([path, *map(str, detail["loc"])])
+            said = f"{where}: {detail['msg'].removeprefix('Value error, ')}"
+            raise CellError(_within(leaves, where, path).source, said) from error
+        except plugins.PluginError as error:
+            raise CellError(_within(leaves, path, path).source, str(error)) from error
+
+
+def _within(leaves: Leaves, *paths: str) -> Leaf:
+    """The leaf at the first path that has one, or below it."""
+    return next(leaf for path in paths for name, leaf in leaves.items() if name == path or name.startswith(f"{path}."))
 
 
 def _pad_vocabulary(data: dict[str, Any], leaves: Leaves) -> None:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
+from models import plugins
 from models.config import TrialConfig
 from models.presets import PRESETS
 from orchestrator.sweep.document import DocumentPath, Problems
@@ -45,6 +46,12 @@ class KnownSection:
 
     fields: Mapping[str, KnownField | KnownSection]
     nullable: bool = False
+    may_be_empty: bool = True
+    """False: an empty mapping is likely to be a mistake."""
+    objection: str = ""
+    """Why nothing may be set in it."""
+    of_plugins: bool = False
+    """Its keys are plug-ins."""
 
 
 @cache
@@ -53,14 +60,16 @@ def section_of(config: type[BaseModel], nullable: bool = False) -> KnownSection:
     known: dict[str, KnownField | KnownSection] = {}
     for name, info in config.model_fields.items():
         # A list of sections (more_gates) is one value: it is set as a whole.
-        members = () if get_origin(info.annotation) is tuple else get_args(info.annotation) or (info.annotation,)
+        members = (
+            () if get_origin(info.annotation) in (tuple, dict) else get_args(info.annotation) or (info.annotation,)
+        )
         inner = next((kind for kind in members if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
         if inner is not None:
             known[name] = section_of(inner, nullable=NoneType in members)
         else:
             annotation = Annotated[info.annotation, *info.metadata] if info.metadata else info.annotation
             known[name] = known_field(annotation, info.default, info.description)
-    return KnownSection(known, nullable)
+    return KnownSection(known, nullable, may_be_empty=not nullable)
 
 
 def known_field(annotation: object, default: object = None, description: str | None = None) -> KnownField:
@@ -76,11 +85,27 @@ def config_section() -> KnownSection:
     model, data = sections["model"], sections["data"]
     assert isinstance(model, KnownSection)
     assert isinstance(data, KnownSection)
-    sections["model"] = KnownSection({"preset": known_field(Literal[tuple(PRESETS)]), **model.fields})
+    sections["model"] = KnownSection(
+        {"preset": known_field(Literal[tuple(PRESETS)]), **model.fields, "plugins": _plugin_sections()}
+    )
     sections["data"] = KnownSection(
         {name: known for name, known in data.fields.items() if name not in _FILLED_IN_BY_THE_PLAN}
     )
     return KnownSection(sections)
+
+
+def _plugin_sections() -> KnownSection:
+    """``model.plugins``: a section of its own options for every plug-in that is installed."""
+    known: dict[str, KnownField | KnownSection] = {}
+    for name in plugins.names():
+        try:
+            known[name] = replace(section_of(plugins.load(name).Options, nullable=True), may_be_empty=True)
+        except plugins.PluginError as error:
+            known[name] = KnownSection({}, objection=str(error))
+        except KeyError as error:
+            said = f"plug-in {name}: an option of type {error.args[0]!r} needs a description of what is allowed"
+            known[name] = KnownSection({}, objection=said)
+    return KnownSection(known, nullable=True, of_plugins=True)
 
 
 @cache
@@ -121,17 +146,21 @@ def check_section(
 
     ``derived``: the section is a part of the trial's config, and values may be ``{of: PATH, times: NUMBER}``.
     """
+    if section.objection:
+        problems.add(path, section.objection, on_key=True)
+        return {}
     if not isinstance(node, dict):
         problems.add(path, f"got {describe(node)}; allowed: a mapping with keys among {', '.join(section.fields)}")
         return {}
-    if not node and section.nullable:
+    if not node and not section.may_be_empty:
         problems.add(path, "got an empty mapping; allowed: a mapping with at least one key, or null for none")
     checked: dict[str, Any] = {}
     for name, value in node.items():
         known = section.fields.get(name)
         below = (*path, name)
         if known is None:
-            problems.add(below, unknown_key(name, section.fields), on_key=True)
+            said = unknown_plugin(name) if section.of_plugins else unknown_key(name, section.fields)
+            problems.add(below, said, on_key=True)
         elif isinstance(known, KnownSection):
             none = value is None and known.nullable
             checked[name] = None if none else check_section(known, value, below, problems, derived=derived)
@@ -163,6 +192,12 @@ def check_derived(known: KnownField, value: dict[str, Any]) -> Derived:
         return Derived.model_validate({"of": source, "times": check_value(known_field(float), times)})
     except ValueError as error:
         raise ValueError(f"times: {error}") from error
+
+
+def unknown_plugin(name: str) -> str:
+    known = plugins.names()
+    installed = f"{', '.join(known) or 'none'}{nearest(name, known)}"
+    return f"no plug-in {name!r} is installed here; installed (entry points {plugins.GROUP}): {installed}"
 
 
 def unknown_key(name: str, allowed: Iterable[str]) -> str:
