@@ -20,7 +20,7 @@ ARMS = {
 
 
 def planned(name, *overrides):
-    return expand(load(PAPER / f"{name}.yaml", (*overrides, "resources.layout.expert=1")), files_may_be_absent=True)
+    return expand(load(PAPER / f"{name}.yaml", overrides), files_may_be_absent=True)
 
 
 @pytest.fixture(scope="module")

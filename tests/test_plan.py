@@ -518,8 +518,7 @@ def test_an_absent_tokenizer_needs_a_stated_vocabulary(folder):
 
 def test_every_sweep_of_this_repository_is_planned_without_refusals():
     for path in sorted((Path(__file__).parent.parent / "sweeps").rglob("*.yaml")):
-        overrides = ("resources.layout.expert=1",) if "paper" in path.parts else ()
-        planned = expand(load(path, overrides), files_may_be_absent=True)
+        planned = expand(load(path), files_may_be_absent=True)
         assert planned.trials
         assert planned.refusals == ()
 

@@ -150,7 +150,7 @@ def test_an_override_can_take_the_gate_away_and_add_an_arm():
 UNKNOWN = [
     ("batch_tokens: 2048", "batch_tokns: 2048", r"x.yaml:7:5: base.train.batch_tokns: unknown key 'batch_tokns'; allowed: tokens, batch_tokens, lr,"),
     ("batch_tokens: 2048", "batch_tokns: 2048", "(did you mean 'batch_tokens'?)"),
-    ("cpu-tiny", "cpu-tny", "x.yaml:4:19: base.model.preset: got 'cpu-tny'; allowed: cpu-tiny, cpu-1m,"),
+    ("cpu-tiny", "cpu-tny", "x.yaml:4:19: base.model.preset: got 'cpu-tny'; allowed: cpu-tiny, cpu-350k,"),
     ("cpu-tiny", "cpu-tny", "(did you mean 'cpu-tiny'?)"),
     ("baseline: baseline", "baseline: baselne", "x.yaml:8:11: baseline: got 'baselne'; allowed: baseline, g1 (did you mean 'baseline'?)"),
     ("baseline: baseline", "baseline: 3", "x.yaml:8:11: baseline: got 3; allowed: baseline, g1"),

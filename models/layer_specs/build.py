@@ -52,6 +52,7 @@ def build_chunks(trial: TrialConfig, layout: Layout, device: str, backend: Taken
 def _parts(trial: TrialConfig, layout: Layout, backend: Taken) -> tuple[ModuleSpec, type]:
     """The layer's spec, and the module of the norm behind the last one."""
     on_sequence = layout.sequence_parallel
+    norm: type
     if backend == "local":
         spec, norm = local.layer_spec(trial.model, trial.gates, sequence_parallel=on_sequence), RMSNorm
     else:
