@@ -1,8 +1,8 @@
 """Every arm of the paper's tables trains, on one rank and on two, with equal losses.
 
 The arms are read from the files' CPU twins and trained for 20 steps at the smallest size: an arm that is added there is
-tested here. Arms with experts run with these dealt out over two ranks, or in two pipeline stages; dense ones over two
-tensor ranks. All runs of a layout share one pair of processes.
+tested here. Arms with experts run with these dealt out over two ranks, dense ones over two tensor ranks; all runs of a
+layout share one pair of processes.
 """
 
 from pathlib import Path
@@ -20,14 +20,14 @@ TABLES = ("table1", "table2", "table3", "table4", "table6")
 STEPS = 20
 DENSE_TOLERANCE = 2e-5
 EXPERTS_TOLERANCE = 2e-3
-"""Relative, over 20 steps: within a rounding a token may go to another expert. A wrong gradient is far outside."""
+"""Relative, over 20 steps; 3e-7 was reached by both. On another machine a rounding may send a token to another expert."""
 FIRST_TOLERANCE = 2e-6
 """Of the first step, where nothing has been chosen otherwise yet."""
 SMALLEST = {
-    True: ("cpu-moe-tiny", (Layout(data=2, expert=2), Layout(pipeline=2))),
-    False: ("cpu-tiny", (Layout(tensor=2),)),
+    True: ("cpu-moe-tiny", Layout(data=2, expert=2)),
+    False: ("cpu-tiny", Layout(tensor=2)),
 }
-"""With experts, or without: the size, and the layouts that arms take in turn."""
+"""With experts, or without: the size and the layout."""
 
 
 def arms():
@@ -75,44 +75,31 @@ def trials(corpus):
     return trials
 
 
-def layout_of(number, has_experts):
-    layouts = SMALLEST[has_experts][1]
-    return layouts[number % len(layouts)]
-
-
 def train_on_a_rank(rank, folder, home, layout, jobs):
     from models.trainer import World, train
 
     world = World.join(rank, layout, "cpu", f"file://{folder}/meet")
     for name, trial in jobs.items():
-        train(new_attempt(home / "_".join(name), trial, layout=layout, micro_batch_sequences=4), world)
+        train(new_attempt(home / "-".join(name), trial, layout=layout, diagnostics=None), world)
 
 
 @pytest.fixture(scope="module")
 def two_ranks(trials, tmp_path_factory):
     home = tmp_path_factory.mktemp("two")
-    by_layout = {}
-    for number, (table, arm, has_experts) in enumerate(ARMS):
-        by_layout.setdefault(layout_of(number, has_experts), {})[table, arm] = trials[table, arm]
-    for layout, jobs in by_layout.items():
+    for has_experts, (_, layout) in SMALLEST.items():
+        jobs = {(table, arm): trials[table, arm] for table, arm, has_some in ARMS if has_some is has_experts}
         ranks.run(train_on_a_rank, 2, home, layout, jobs)
     return home
 
 
-@pytest.mark.parametrize(
-    ("number", "name"),
-    [(n, a) for n, a in enumerate(ARMS)],
-    ids=lambda v: "-".join(map(str, v)) if isinstance(v, tuple) else "",
-)
-def test_an_arm_trains_alike_on_one_rank_and_on_two(world, two_ranks, trials, tmp_path, number, name):
+@pytest.mark.parametrize(("table", "arm", "has_experts"), ARMS, ids=[f"{table}-{arm}" for table, arm, _ in ARMS])
+def test_an_arm_trains_alike_on_one_rank_and_on_two(world, two_ranks, trials, tmp_path, table, arm, has_experts):
     from models.trainer import train
 
-    table, arm, has_experts = name
-    trial, layout = trials[table, arm], layout_of(number, has_experts)
-    # Load balancing counts the choices within a micro-batch of all data ranks: the same 8 or 4 sequences on both sides.
-    alone = new_attempt(tmp_path, trial, micro_batch_sequences=4 * layout.data)
+    trial, layout = trials[table, arm], SMALLEST[has_experts][1]
+    alone = new_attempt(tmp_path, trial, diagnostics=None)
     train(alone, world)
-    together = new_attempt(two_ranks / f"{table}_{arm}", trial, layout=layout, micro_batch_sequences=4)
+    together = new_attempt(two_ranks / f"{table}-{arm}", trial, layout=layout)
     ours, theirs = metrics(together), metrics(alone)
     assert [(record["kind"], record["step"]) for record in ours] == [(r["kind"], r["step"]) for r in theirs]
     assert [r["step"] for r in ours if r["kind"] == "step"] == list(range(1, STEPS + 1))
