@@ -20,7 +20,7 @@ TABLES = ("table1", "table2", "table3", "table4", "table6")
 STEPS = 20
 DENSE_TOLERANCE = 2e-5
 EXPERTS_TOLERANCE = 2e-3
-"""Relative, over 20 steps; 3e-7 was reached by both. On another machine a rounding may send a token to another expert."""
+"""Relative, over 20 steps; 3e-7 was reached by both. A rounding may send a token to another expert elsewhere."""
 FIRST_TOLERANCE = 2e-6
 """Of the first step, where nothing has been chosen otherwise yet."""
 SMALLEST = {

