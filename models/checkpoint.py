@@ -154,6 +154,22 @@ def _state(chunks: Sequence[Any], optimizer: Any, *, is_loading: bool) -> dict[s
     return {"model": model, "optimizer": moments}
 
 
+def _without_extra_state(state: dict[str, Any], config: TransformerConfig) -> dict[str, Any]:
+    """What is learnt, and of Transformer Engine's extra state what the next step depends on: past maxima of FP8.
+
+    Without the rest a checkpoint is the same whichever back end wrote it, and is read by either.
+    """
+    if config.fp8 is not None and config.fp8_recipe == "delayed":
+        return state
+    return {name: value for name, value in state.items() if "._extra_state" not in name}
+
+
+def _load_chunk(module: Any, restored: dict[str, Any]) -> None:
+    """Extra state that was left out stays what it is."""
+    own = {name: value for name, value in module.state_dict().items() if "._extra_state" in name}
+    module.load_state_dict(own | restored)
+
+
 def _by_part(optimizer: Any, moments: dict[Any, Any]) -> list[tuple[Any, dict[Any, Any]]]:
     """Megatron's optimizer is a chain: one of all parameters, and under expert parallelism a second of the experts'."""
     parts = optimizer.chained_optimizers

@@ -109,11 +109,10 @@ class _Attempt:
         # A stage draws no more than it must; from here on the random state does not depend on the layout.
         devices.seed_everything(trial.seed, world.device)
         self.num_parameters = layer_specs.num_parameters(chunks)
+        _check_accounting(trial, self.num_parameters)
         self.chunks, self.optimizer = wrap(
             trial, chunks, world.device, distributed_optimizer=world.layout.distributed_optimizer
         )
-        _check_accounting(trial, self.num_parameters)
-        self.chunks, self.optimizer = wrap(trial, chunks, world.device)
         self.micro_batch = spec.micro_batch_sequences or trial.batch_sequences // world.layout.data
         self.batches = corpus.TrainBatches(
             corpus.train_dataset(
