@@ -86,8 +86,9 @@ def layer_parameters(model: ModelConfig, gates: Gates) -> LayerParameters:
     norms = (4 if model.sandwich_norm else 2) * hidden + (2 * model.head_dim if model.qk_norm else 0)
     group_norm = width if model.sdpa_output == "group_norm" else 0
     sinks = model.num_query_heads if model.softmax_sink else 0
+    projections = hidden * (2 * width + kv_projection_width(model, active=False))
     return LayerParameters(
-        attention=hidden * (2 * width + kv_projection_width(model, active=False)) + gate_matrix_parameters(model, gates),
+        attention=projections + gate_matrix_parameters(model, gates),
         ffn=3 * hidden * model.ffn_size,
         router=hidden * model.moe.num_experts if model.moe is not None else 0,
         norms=norms + sum(size for position, size in vectors if position == "dense"),
