@@ -14,7 +14,7 @@ from store_backends import postgres_server, store_url  # noqa: F401
 from models.accounting import rank_memory
 from models.config import DataConfig, Layout, TrainConfig, TrialConfig
 from models.presets import PRESETS
-from models.run_dir import StepRecord, ValidationRecord
+from models.run_dir import DiagnosticRecord, GateScores, StepRecord, ValidationRecord
 from orchestrator.plan import Plan, PlannedTrial
 from orchestrator.store import (
     AttemptRow,
@@ -94,6 +94,31 @@ def validation(step: int, loss: float, split: str = "slice") -> ValidationRecord
         num_tokens=32768,
         num_bytes=32768,
     )
+
+
+def probed(step: int, attention: float = 0.5, score: float | None = None, **changes: Any) -> DiagnosticRecord:
+    """Two layers of two heads; F-Attn is ``attention``, M-Act 30, and the score, if any, is that of a gate at sdpa."""
+    scores = None if score is None else _scores(score)
+    record = DiagnosticRecord(
+        step=step,
+        tokens=step * 256,
+        fraction=step / STEPS,
+        first_token_attention=[[attention, attention + 0.2], [attention - 0.2, attention]],
+        max_activation=[10.0, 50.0],
+        attention_output_rms=[0.1, 0.2],
+        ffn_output_rms=[0.3, 0.4],
+        residual_rms=[1.0, 2.0],
+        gradient_norm=[0.5, 0.25],
+        update_ratio=[1e-3, 2e-3],
+        gate_scores={} if scores is None else {"sdpa": scores},
+    )
+    return record.model_copy(update=changes)
+
+
+def _scores(mean: float) -> GateScores:
+    shares = {"0.1": [0.25, 0.75], "0.5": [0.5, 1.0]}
+    histogram: list[list[float] | None] = [[0.75, 0.25], [1.0, 0.0]]
+    return GateScores(mean=[mean + 0.1, mean - 0.1], share_below=shares, low=0.0, high=1.0, histogram=histogram)
 
 
 @pytest.fixture

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from store_runs import STEPS, Run, postgres_server, run, steps, store, store_url, validation  # noqa: F401
+from store_runs import STEPS, Run, postgres_server, probed, run, steps, store, store_url, validation  # noqa: F401
 
 from models.run_dir import Summary
 from orchestrator.store import (
     Store,
+    query,
     views,
 )
 
@@ -108,6 +109,64 @@ def test_a_cursor_gives_only_newer_steps(run: Run) -> None:
     assert len(newer.validations) == 1
 
 
+# Diagnostics
+
+
+def test_a_probe_is_a_row_a_layer(run: Run) -> None:
+    attempt = run.start()
+    records = [*steps(1, 5), probed(5, attention=0.4, score=0.3)]
+    run.store.record(run.lease, attempt, records)
+    run.store.record(run.lease, attempt, records)
+    first, second = run.store.layers(run.fingerprint)
+    assert (first.attempt, first.step, first.layer, first.tokens, first.fraction) == (1, 5, 1, 5 * 256, 0.25)
+    assert first.heads == (0.4, pytest.approx(0.6))
+    assert first.first_token_attention == pytest.approx(0.5)
+    assert first.gates["sdpa"] == {
+        "mean": 0.4, "share_below": {"0.1": 0.25, "0.5": 0.5}, "low": 0.0, "high": 1.0, "histogram": [0.75, 0.25],
+    }  # fmt: skip
+    assert (second.layer, second.max_activation, second.attention_output_rms, second.ffn_output_rms) == (
+        2,
+        50,
+        0.2,
+        0.4,
+    )
+    assert (second.residual_rms, second.gradient_norm, second.update_ratio) == (2.0, 0.25, 2e-3)
+    frame = run.store.frame("diagnostics", "quick")
+    assert list(frame.layer) == [1, 2]
+    assert list(frame.gate_score) == pytest.approx([0.4, 0.2])
+    assert (frame.heads[1], frame.gates[1]["sdpa"]["histogram"]) == (list(second.heads), [1.0, 0.0])
+    assert (frame.arm[0], frame["train.lr"][0], frame.nonfinite[0]) == ("baseline", 1e-3, False)
+
+
+def test_layers_without_a_gate_or_a_finite_number_have_null(run: Run) -> None:
+    record = probed(5, max_activation=[None, 50.0], update_ratio=[math.inf, 1e-3], nonfinite=True)
+    run.store.record(run.lease, run.start(), [record])
+    first, second = run.store.layers(run.fingerprint)
+    assert (first.max_activation, first.update_ratio, first.gates) == (None, None, {})
+    assert (second.max_activation, second.update_ratio) == (50.0, 1e-3)
+    frame = run.store.frame("diagnostics", "quick")
+    assert frame.gate_score.isna().all()
+    assert frame.nonfinite.all()
+    assert str(frame.gate_score.dtype) == "float64"
+
+
+def test_diagnostics_take_the_newest_attempt_cut_at_its_successors_resume_step(run: Run) -> None:
+    first = run.start()
+    run.store.record(run.lease, first, [*steps(1, 11), probed(5, 0.3), probed(10, 0.3)])
+    run.end(first, "WAITING", cause="killed")
+    second = run.start(resume_step=8, resumed_from=1)
+    assert [(row.attempt, row.step) for row in run.store.layers(run.fingerprint)] == [(1, 5), (1, 5)]
+    run.store.record(run.lease, second, [*steps(9, 15), probed(10, 0.4), probed(15, 0.4)])
+    seen = [(1, 5), (2, 10), (2, 15)]
+    assert [(row.attempt, row.step) for row in run.store.layers(run.fingerprint) if row.layer == 1] == seen
+    assert [row.step for row in run.store.layers(run.fingerprint, after=10)] == [15, 15]
+    run.end(second, "DIVERGED", end_step=12)
+    frame = run.store.frame("diagnostics", "quick")
+    assert list(zip(frame.attempt, frame.step, frame.layer, strict=True)) == [
+        (*point, layer) for point in seen[:2] for layer in (1, 2)
+    ]
+
+
 # Views
 
 
@@ -146,14 +205,15 @@ def test_axes_can_be_asked_for_in_sql(run: Run) -> None:
 
 def test_every_column_of_a_view_is_documented(store: Store) -> None:
     readme = Path(views.__file__).with_name("README.md").read_text()
-    for view in ("results", "curves", "attempts"):
+    for view in query.VIEW_ORDER:
         section = readme.split(f"## `{view}`")[1].split("\n## ")[0]
         for column in store.query(f"SELECT * FROM {view} LIMIT 0").columns:
             assert f"| `{column}` |" in section, f"{view}.{column} is not documented"
 
 
 def test_the_readmes_example_queries_run(run: Run) -> None:
-    run.complete(run.fingerprint, 2.0)
+    run.store.record(run.lease, run.start(), [*steps(1, STEPS), validation(STEPS, 2.0), probed(STEPS)])
+    run.end(run.store.attempts(run.fingerprint)[0], "COMPLETE")
     readme = Path(views.__file__).with_name("README.md").read_text()
     examples = [block.split("```")[0] for block in readme.split("```sql\n")[1:]]
     assert len(examples) >= 3

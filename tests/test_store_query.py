@@ -88,7 +88,7 @@ def test_a_query_may_hold_percent_signs_and_question_marks(run: Run) -> None:
 
 
 def test_a_frame_of_an_unknown_view_or_sweep_is_refused(run: Run) -> None:
-    with pytest.raises(UserError, match="no view 'result'; allowed: results, curves, attempts"):
+    with pytest.raises(UserError, match="no view 'result'; allowed: results, curves, attempts, diagnostics"):
         run.store.frame("result")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="did you mean 'quick'"):
         run.store.frame("results", "quic")

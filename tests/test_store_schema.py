@@ -6,11 +6,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from datetime import datetime
 from pathlib import Path
 
 import pytest
 from sqlalchemy import text
-from store_runs import postgres_server, store, store_url  # noqa: F401
+from store_runs import Run, postgres_server, probed, store, store_url  # noqa: F401
 
 from orchestrator.store import (
     Store,
@@ -45,6 +46,28 @@ def test_the_code_knows_every_revision_and_the_newest_holds_todays_views() -> No
     newest = scripts.get_revision("head")
     assert newest is not None
     assert views.digest() == newest.module.VIEWS_DIGEST, "a changed view needs a new revision"
+
+
+def test_a_store_of_the_first_revision_keeps_its_sweeps_and_takes_diagnostics(store_url: str) -> None:
+    from alembic import command
+
+    database = engine.make_engine(engine.parse_url(store_url))
+    with engine.writing(database) as connection:
+        command.upgrade(migrate.alembic_config(connection), "0001")
+        connection.execute(
+            text(
+                "INSERT INTO sweep"
+                " (name, question, baseline, verdict, settings, text, overrides, created_at, updated_at)"
+                " VALUES ('old', '?', 'baseline', '{}', '{}', '', '[]', :now, :now)"
+            ),
+            {"now": datetime(2026, 1, 1)},
+        )
+    database.dispose()
+    with Store(store_url) as store:
+        assert [row.name for row in store.sweeps()] == ["old"]
+        run = Run(store)
+        run.store.record(run.lease, run.start(), [probed(5)])
+        assert len(store.frame("diagnostics", "quick")) == 2
 
 
 def test_a_store_shares_its_database_with_others_version_tables(store_url: str) -> None:

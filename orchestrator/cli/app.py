@@ -108,7 +108,7 @@ def query(
     sql: Annotated[str, typer.Argument(help='For example "SELECT arm, lr, validation_loss_nats FROM results".')],
     format: Annotated[FrameFormat, typer.Option("--format")] = FrameFormat.TABLE,
 ) -> None:
-    """Ask the store in SQL, read-only. Views: results, curves, attempts."""
+    """Ask the store in SQL, read-only. Views: results, curves, attempts, diagnostics."""
     with existing_store() as store:
         frame = store.query(sql)
     if format is FrameFormat.CSV:

@@ -1,6 +1,7 @@
 """SQL: the memory of all sweeps. The only owner of SQLAlchemy and Alembic; README.md here documents the views."""
 
 from orchestrator.store.face import Store
+from orchestrator.store.layers import mean_or_none
 from orchestrator.store.rows import (
     CANCEL_WANTED,
     CAP_SET,
@@ -10,6 +11,7 @@ from orchestrator.store.rows import (
     Curve,
     EventRow,
     FinishedIsFinal,
+    LayerRow,
     Lease,
     LeaseHeld,
     LeaseLost,
@@ -36,6 +38,7 @@ __all__ = [
     "Curve",
     "EventRow",
     "FinishedIsFinal",
+    "LayerRow",
     "Lease",
     "LeaseHeld",
     "LeaseLost",
@@ -47,4 +50,5 @@ __all__ = [
     "TrialRow",
     "TrialTaken",
     "ValidationRow",
+    "mean_or_none",
 ]

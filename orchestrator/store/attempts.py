@@ -14,9 +14,10 @@ from typing import Any
 from sqlalchemy import Connection, RowMapping, func, insert, select, update
 
 from models.config import Layout
-from models.run_dir import Record, StepRecord, Summary, ValidationRecord
+from models.run_dir import DiagnosticRecord, Record, StepRecord, Summary, ValidationRecord
 from orchestrator.store import lease as leases
 from orchestrator.store import schema
+from orchestrator.store.layers import layer_rows
 from orchestrator.store.reader import attempt_row
 from orchestrator.store.rows import AttemptRow, FinishedIsFinal, Lease, TrialTaken
 from orchestrator.store.submission import add_event, insert_missing
@@ -72,6 +73,9 @@ def record(connection: Connection, lease: Lease, attempt: AttemptRow, records: S
     validations = [_finite(item, attempt.id) for item in records if isinstance(item, ValidationRecord)]
     insert_missing(connection, schema.step_metric, steps)
     insert_missing(connection, schema.validation, validations)
+    probed = [item for item in records if isinstance(item, DiagnosticRecord)]
+    layers = [{"attempt_id": attempt.id, **row} for item in probed for row in layer_rows(item)]
+    insert_missing(connection, schema.layer_diagnostic, layers)
 
 
 def _finite(item: StepRecord | ValidationRecord, attempt_id: int) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar
 
 from sqlalchemy import Connection, update
 
@@ -13,7 +13,8 @@ from orchestrator.store import attempts, query, reader, schema, submission
 from orchestrator.store import lease as leases
 from orchestrator.store.engine import make_engine, parse_url, reading, writing
 from orchestrator.store.migrate import migrate
-from orchestrator.store.rows import Added, AttemptRow, Curve, EventRow, Lease, SweepRow, TailRow, TrialRow
+from orchestrator.store.query import View
+from orchestrator.store.rows import Added, AttemptRow, Curve, EventRow, LayerRow, Lease, SweepRow, TailRow, TrialRow
 from orchestrator.sweep import UserError
 
 if TYPE_CHECKING:
@@ -166,6 +167,10 @@ class Store:
         are few, and always all there."""
         return self._read(reader.curve, fingerprint, after)
 
+    def layers(self, fingerprint: str, after: int = 0) -> list[LayerRow]:
+        """What the probes after step ``after`` saw inside a trial, a row a step and layer, by the reader's rule."""
+        return self._read(reader.layers, fingerprint, after)
+
     def tails(self, sweep_id: int, tail: float) -> list[TailRow]:
         """Of every complete trial, a row a split: the mean over the last ``tail`` (0 to 1) of the schedule."""
         return self._read(reader.tails, sweep_id, tail)
@@ -196,10 +201,10 @@ class Store:
         """One reading statement, on its own read-only connection; mistakes and refusals are UserErrors."""
         return query.to_frame(query.run(self._engine, sql, seconds=timeout_seconds))
 
-    def frame(self, view: Literal["results", "curves", "attempts"], sweep: str | None = None) -> pd.DataFrame:
+    def frame(self, view: View, sweep: str | None = None) -> pd.DataFrame:
         """A view as a DataFrame, of one sweep or all, with a column an axis (``train.lr``)."""
-        if view not in ("results", "curves", "attempts"):
-            raise UserError(f"no view {view!r}; allowed: results, curves, attempts")
+        if view not in query.VIEW_ORDER:
+            raise UserError(f"no view {view!r}; allowed: {', '.join(query.VIEW_ORDER)}")
         if sweep is not None:
             self.sweep(sweep)
         return query.view_frame(self._engine, view, sweep)

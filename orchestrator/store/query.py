@@ -12,7 +12,7 @@ import re
 import sqlite3
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import quote
 
 from orchestrator.sweep import UserError
@@ -34,12 +34,23 @@ _TYPES: dict[str, tuple[str, ...]] = {
     "boolean": ("nonfinite", "git_dirty"),
     "float64": (
         "lr", "step_lr", "training_flops", "loss_nats", "gradient_norm", "validation_loss_nats", "bits_per_byte",
-        "full_validation_loss_nats", "full_bits_per_byte", "tokens_per_second", "seconds",
+        "full_validation_loss_nats", "full_bits_per_byte", "tokens_per_second", "seconds", "first_token_attention",
+        "max_activation", "attention_output_rms", "ffn_output_rms", "residual_rms", "update_ratio", "gate_score",
     ),
     "Int64": ("end_step", "resumed_from_attempt", "peak_memory_bytes"),
 }  # fmt: skip
 _MOMENTS = ("started_at", "ended_at")
-_NESTED = ("layout", "hosts", "provenance")
+_NESTED = ("layout", "hosts", "provenance", "heads", "gates")
+
+View = Literal["results", "curves", "attempts", "diagnostics"]
+
+VIEW_ORDER = {
+    "results": "position",
+    "curves": "position, step",
+    "attempts": "position, attempt",
+    "diagnostics": "position, step, layer",
+}
+"""The documented views, and the order of their rows within a sweep."""
 
 Table = tuple[list[str], list[tuple[Any, ...]]]
 
@@ -120,8 +131,7 @@ def view_frame(engine: Engine, view: str, sweep: str | None) -> pd.DataFrame:
     import pandas as pd
 
     where, parameters = ("", []) if sweep is None else (" WHERE sweep = ?", [sweep])
-    order = {"results": "position", "curves": "position, step", "attempts": "position, attempt"}[view]
-    frame = to_frame(run(engine, f"SELECT * FROM {view}{where} ORDER BY sweep, {order}", parameters))
+    frame = to_frame(run(engine, f"SELECT * FROM {view}{where} ORDER BY sweep, {VIEW_ORDER[view]}", parameters))
     present = set(frame.columns)
     for kind, names in _TYPES.items():
         frame = frame.astype({name: kind for name in names if name in present})

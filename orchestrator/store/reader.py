@@ -5,11 +5,21 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
-from sqlalchemy import Boolean, Connection, RowMapping, func, select, text
+from sqlalchemy import JSON, Boolean, Connection, RowMapping, func, select, text
 
 from models.config import Layout, TrialConfig
 from orchestrator.store import schema
-from orchestrator.store.rows import AttemptRow, Curve, EventRow, StepRow, SweepRow, TailRow, TrialRow, ValidationRow
+from orchestrator.store.rows import (
+    AttemptRow,
+    Curve,
+    EventRow,
+    LayerRow,
+    StepRow,
+    SweepRow,
+    TailRow,
+    TrialRow,
+    ValidationRow,
+)
 from orchestrator.sweep import UserError
 
 
@@ -129,6 +139,22 @@ def curve(connection: Connection, fingerprint: str, after: tuple[int, int] | Non
     return Curve(
         steps=tuple(StepRow(*row) for row in steps), validations=tuple(ValidationRow(*row) for row in validations)
     )
+
+
+_LAYERS = """
+SELECT p.number AS attempt, d.step, d.layer, d.tokens, d.fraction, d.first_token_attention, d.max_activation,
+       d.attention_output_rms, d.ffn_output_rms, d.residual_rms, d.gradient_norm, d.update_ratio, d.heads, d.gates
+FROM attempt_span p JOIN layer_diagnostic d ON d.attempt_id = p.attempt_id AND d.step <= p.last_step
+WHERE p.fingerprint = :fingerprint AND d.step > :after
+ORDER BY d.step, p.number, d.layer
+"""
+
+
+def layers(connection: Connection, fingerprint: str, after: int) -> list[LayerRow]:
+    """What the probes after step ``after`` saw, by step and layer, of what the reader's rule keeps of a trial."""
+    question = text(_LAYERS).columns(heads=JSON, gates=JSON)
+    found = connection.execute(question, {"fingerprint": fingerprint, "after": after}).mappings()
+    return [LayerRow(**{**row, "heads": tuple(row["heads"])}) for row in found]
 
 
 _TAILS = """

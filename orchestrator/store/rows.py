@@ -163,6 +163,29 @@ class ValidationRow:
 
 
 @dataclass(frozen=True, slots=True)
+class LayerRow:
+    """What a probe after ``step`` optimizer steps saw of one layer; README.md says what each number is."""
+
+    attempt: int
+    step: int
+    layer: int
+    """From 1."""
+    tokens: int
+    fraction: float
+    first_token_attention: float | None
+    max_activation: float | None
+    attention_output_rms: float | None
+    ffn_output_rms: float | None
+    residual_rms: float | None
+    gradient_norm: float | None
+    update_ratio: float | None
+    heads: tuple[float | None, ...]
+    """First-token attention by head."""
+    gates: dict[str, dict[str, Any]]
+    """By position: ``mean``, ``share_below``, ``low``, ``high``, ``histogram``."""
+
+
+@dataclass(frozen=True, slots=True)
 class TailRow:
     """The validations of a complete trial in the last part of its schedule, on one split: their mean.
 

@@ -32,7 +32,7 @@ from sqlalchemy.types import TypeDecorator
 VERSION_TABLE = "gatesweep_version"
 """Not ``alembic_version``: Optuna and MLflow use that name, and may share the database."""
 
-REVISIONS = ("0001",)
+REVISIONS = ("0001", "0002")
 """Every schema version this code knows, oldest first. A database at another one was made by newer code."""
 
 WAITING, RUNNING, COMPLETE, PRUNED, DIVERGED, FAILED, CANCELED = STATES = (
@@ -204,6 +204,28 @@ validation = Table(
     Column("bits_per_byte", Float(53)),
     Column("num_tokens", BigInteger, nullable=False),
     Column("num_bytes", BigInteger, nullable=False),
+    Column("nonfinite", Boolean, nullable=False),
+    sqlite_with_rowid=False,
+)
+
+layer_diagnostic = Table(
+    "layer_diagnostic",
+    metadata,
+    Column("attempt_id", RowId, ForeignKey("attempt.id"), primary_key=True),
+    Column("step", BigInteger, primary_key=True),
+    Column("layer", Integer, primary_key=True),  # from 1, as Megatron counts
+    Column("tokens", BigInteger, nullable=False),
+    Column("fraction", Float(53), nullable=False),
+    Column("first_token_attention", Float(53)),
+    Column("max_activation", Float(53)),
+    Column("attention_output_rms", Float(53)),
+    Column("ffn_output_rms", Float(53)),
+    Column("residual_rms", Float(53)),
+    Column("gradient_norm", Float(53)),
+    Column("update_ratio", Float(53)),
+    Column("gate_score", Float(53)),
+    Column("heads", JSON, nullable=False),
+    Column("gates", JSON, nullable=False),
     Column("nonfinite", Boolean, nullable=False),
     sqlite_with_rowid=False,
 )

@@ -97,12 +97,26 @@ JOIN sweep o ON o.id = a.sweep_id
 WHERE st.current
 """
 
+_DIAGNOSTICS = """
+SELECT s.name AS sweep, st.arm, st.axes, st.seed, t.lr, t.fingerprint, t.state, p.number AS attempt,
+       d.step, d.tokens, d.fraction, d.layer, d.first_token_attention, d.max_activation, d.gate_score,
+       d.attention_output_rms, d.ffn_output_rms, d.residual_rms, d.gradient_norm, d.update_ratio, d.nonfinite,
+       d.heads, d.gates, st.position
+FROM sweep_trial st
+JOIN sweep s ON s.id = st.sweep_id
+JOIN trial t ON t.fingerprint = st.fingerprint
+JOIN attempt_span p ON p.fingerprint = t.fingerprint
+JOIN layer_diagnostic d ON d.attempt_id = p.attempt_id AND d.step <= p.last_step
+WHERE st.current
+"""
+
 VIEWS = {
     "attempt_span": _ATTEMPT_SPAN,
     "curve_validation": _CURVE_VALIDATION,
     "results": _RESULTS,
     "curves": _CURVES,
     "attempts": _ATTEMPTS,
+    "diagnostics": _DIAGNOSTICS,
 }
 """In the order of their making: a view may read those before it."""
 
