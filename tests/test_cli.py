@@ -398,6 +398,14 @@ def test_results_as_csv_json_and_markdown(ran: Gatesweep):
     markdown = ran("results", "tiny", "--format", "markdown").out
     assert any(set(line) <= set("|-: ") and "|" in line for line in markdown.splitlines())
     assert "\x1b" not in markdown
+    for format, part in (
+        ("table", "F-Attn"),
+        ("csv", "num_loss_spikes"),
+        ("json", '"num_loss_spikes"'),
+        ("markdown", "| arm |"),
+    ):
+        said = ran("results", "tiny", "--diagnostics", "--format", format)
+        assert (said.code, part in said.out, "verdict" in said.out) == (0, True, False)
     bad = ran("results", "tiny", "--format", "xml")
     assert bad.code == 2
     assert "xml" in bad.err

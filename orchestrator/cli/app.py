@@ -82,8 +82,18 @@ def status() -> None:
 
 
 @app.command()
-def results(sweep: SweepName, format: Annotated[TableFormat, typer.Option("--format")] = TableFormat.TABLE) -> None:
+def results(
+    sweep: SweepName,
+    format: Annotated[TableFormat, typer.Option("--format")] = TableFormat.TABLE,
+    diagnostics: Annotated[
+        bool,
+        typer.Option("--diagnostics", help="Instead: gate score, M-Act, F-Attn and loss spikes of each arm."),
+    ] = False,
+) -> None:
     """The verdict table of a sweep."""
+    if diagnostics:
+        _print_mechanism(sweep, format)
+        return
     with existing_store() as store:
         table = report.results(store, sweep)
     if format is TableFormat.TABLE:
@@ -95,6 +105,20 @@ def results(sweep: SweepName, format: Annotated[TableFormat, typer.Option("--for
             TableFormat.MARKDOWN: report.to_markdown,
         }[format]
         sys.stdout.write(render(table))
+
+
+def _print_mechanism(sweep: str, format: TableFormat) -> None:
+    with existing_store() as store:
+        table = report.mechanism(store, sweep)
+    if format is TableFormat.TABLE:
+        console.print(report.MechanismView(table))
+        return
+    render = {
+        TableFormat.CSV: report.mechanism_to_csv,
+        TableFormat.JSON: report.mechanism_to_json,
+        TableFormat.MARKDOWN: report.mechanism_to_markdown,
+    }[format]
+    sys.stdout.write(render(table))
 
 
 class FrameFormat(StrEnum):

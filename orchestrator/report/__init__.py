@@ -3,6 +3,13 @@
 from orchestrator.report.formats import to_csv, to_json, to_markdown
 from orchestrator.report.listings import plan_table, status_table
 from orchestrator.report.measured import measured_table
+from orchestrator.report.mechanism import Mechanism, mechanism
+from orchestrator.report.mechanism_formats import (
+    MechanismView,
+    mechanism_to_csv,
+    mechanism_to_json,
+    mechanism_to_markdown,
+)
 from orchestrator.report.results import results
 from orchestrator.report.tables import tabulate
 from orchestrator.report.terminal import ResultsView, to_text
@@ -10,12 +17,18 @@ from orchestrator.report.tree import ArmRow, Results, SweepHeading, TrialResult,
 
 __all__ = [
     "ArmRow",
+    "Mechanism",
+    "MechanismView",
     "Results",
     "ResultsView",
     "SweepHeading",
     "TrialResult",
     "VerdictTable",
     "measured_table",
+    "mechanism",
+    "mechanism_to_csv",
+    "mechanism_to_json",
+    "mechanism_to_markdown",
     "plan_table",
     "results",
     "status_table",

@@ -85,12 +85,12 @@ def _json_table(table: VerdictTable) -> dict[str, Any]:
         "axes": dict(table.axes),
         "rows": [_json_row(table, row) for row in table.rows],
         "noise_floor": {
-            name: _derived(value, verdict.FORMULA_VERSION, table.trials_compared) for name, value in pooled.items()
+            name: derived_value(value, verdict.FORMULA_VERSION, table.trials_compared) for name, value in pooled.items()
         },
-        "critical_value": _derived(table.critical_value, verdict.FORMULA_VERSION, table.trials_compared),
+        "critical_value": derived_value(table.critical_value, verdict.FORMULA_VERSION, table.trials_compared),
         "num_compared": table.num_compared,
         "method": table.method,
-        "variances_p": _derived(table.variances_p, verdict.FORMULA_VERSION, table.trials_compared),
+        "variances_p": derived_value(table.variances_p, verdict.FORMULA_VERSION, table.trials_compared),
         "footnotes": list(table.footnotes),
     }
 
@@ -107,12 +107,12 @@ def _json_row(table: VerdictTable, row: ArmRow) -> dict[str, Any]:
     }
     given = {name: getattr(row, name) for name in _GIVEN}
     derived = {
-        name: _derived(getattr(row, name), formula, inputs[which]) for name, (formula, which) in _FORMULAS.items()
+        name: derived_value(getattr(row, name), formula, inputs[which]) for name, (formula, which) in _FORMULAS.items()
     }
     return {**given, "counts": dict(row.counts), **derived}
 
 
-def _derived(value: object, formula: str, trials: tuple[str, ...]) -> dict[str, Any]:
+def derived_value(value: object, formula: str, trials: tuple[str, ...]) -> dict[str, Any]:
     return {"value": value, "formula": formula, "trials": list(trials)}
 
 
@@ -150,14 +150,14 @@ _HEADINGS = (
 
 def to_markdown(results: Results) -> str:
     """Tables and footnotes as GitHub shows them."""
-    lines = [f"**{_markdown(results.sweep)}**: {_markdown(results.question)}", ""]
+    lines = [f"**{markdown_text(results.sweep)}**: {markdown_text(results.question)}", ""]
     for table in results.tables:
         if table.axes:
-            lines += [_markdown(axes_text(dict(table.axes))), ""]
-        lines.append(_markdown_line(_HEADINGS))
+            lines += [markdown_text(axes_text(dict(table.axes))), ""]
+        lines.append(markdown_line(_HEADINGS))
         lines.append("|---|---|" + "---:|" * 7 + "---|---|---|")
-        lines += [_markdown_line(_markdown_cells(row)) for row in table.rows]
-        lines += ["", *(f"- {_markdown(note)}" for note in table.footnotes), ""]
+        lines += [markdown_line(_markdown_cells(row)) for row in table.rows]
+        lines += ["", *(f"- {markdown_text(note)}" for note in table.footnotes), ""]
     return "\n".join(lines)
 
 
@@ -178,11 +178,11 @@ def _markdown_cells(row: ArmRow) -> tuple[str, ...]:
     )
 
 
-def _markdown_line(cells: tuple[str, ...]) -> str:
-    return "| " + " | ".join(_markdown(cell) for cell in cells) + " |"
+def markdown_line(cells: tuple[str, ...]) -> str:
+    return "| " + " | ".join(markdown_text(cell) for cell in cells) + " |"
 
 
-def _markdown(text: str) -> str:
+def markdown_text(text: str) -> str:
     """As plain text: what Markdown would read as a table's edge, emphasis, a link or HTML is escaped."""
     for mark in ("\\", "|", "*", "_", "`", "[", "]", "<", ">"):
         text = text.replace(mark, "\\" + mark)
