@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from store_runs import STEPS, Run, a_plan, steps, validation
+from store_runs import STEPS, Run, a_plan, probed, steps, validation
 
-from orchestrator.store import Curve, StepRow, Store
+from orchestrator.store import Curve, LayerRow, StepRow, Store
 from orchestrator.tracking import Mirror, OutOfTime, TrackingError, is_server, mirror, run_content, ui_command
+from orchestrator.tracking.layer_plots import layer_plots
 from orchestrator.tracking.server import open_client, without_password
 
 mirror_module = sys.modules["orchestrator.tracking.mirror"]
@@ -127,6 +128,68 @@ def test_artifacts_are_the_config_the_plot_and_the_sweep_file(run, send, client,
     assert Path(client.download_artifacts(parent, "sweep.yaml", str(tmp_path))).read_text() == "name: quick\n"
 
 
+def test_probes_are_points_by_step_and_plots_at_the_end(run, send, client, tmp_path):
+    attempt = run.start()
+    run.store.record(run.lease, attempt, [*steps(1, 10), probed(10, attention=0.4, score=0.3)])
+    assert send().num_points == 6 * 10 + 10
+    assert [file.path for file in client.list_artifacts(run.trial().mlflow_run_id)] == []
+    records = [*steps(11, STEPS), probed(STEPS, attention=0.2, score=0.1, max_activation=[None, 50.0])]
+    run.store.record(run.lease, attempt, records)
+    run.end(attempt, "COMPLETE")
+    assert send().num_points == 6 * 10 + 9
+    means = {
+        "first_token_attention": [(10, 0.4), (STEPS, 0.2)],
+        "max_activation": [(10, 30.0)],
+        "gate_score_sdpa": [(10, 0.3), (STEPS, 0.1)],
+        "gate_share_below_0.1_sdpa": [(10, 0.5), (STEPS, 0.5)],
+        "update_ratio": [(10, 1.5e-3), (STEPS, 1.5e-3)],
+    }
+    for name, expected in means.items():
+        found = history(client, run, f"diagnostics/{name}")
+        assert [step for step, _ in found] == [step for step, _ in expected]
+        assert [value for _, value in found] == pytest.approx([value for _, value in expected])
+    run_id = run.trial().mlflow_run_id
+    plots = {"first_token_attention.png", "max_activation.png", "gate_scores_sdpa.png"}
+    assert {file.path for file in client.list_artifacts(run_id, "diagnostics")} == {f"diagnostics/{p}" for p in plots}
+    for name in plots:
+        path = client.download_artifacts(run_id, f"diagnostics/{name}", str(tmp_path))
+        assert Path(path).read_bytes().startswith(b"\x89PNG")
+    assert send().num_points == 0
+
+
+def test_a_resumed_attempts_repeated_probes_are_sent_once(run, send, client):
+    first = run.start()
+    run.store.record(run.lease, first, [*steps(1, 12), probed(5), probed(10)])
+    send()
+    run.end(first, "WAITING", cause="killed")
+    second = run.start(resume_step=8, resumed_from=first.number)
+    run.store.record(run.lease, second, [*steps(9, 15), probed(10), probed(15)])
+    send()
+    found = history(client, run, "diagnostics/first_token_attention")
+    assert [step for step, _ in found] == [5, 10, 15]
+
+
+def test_heat_maps_show_the_last_probe_and_leave_out_what_is_missing():
+    def row(step: int, layer: int, **changes: Any) -> LayerRow:
+        gate = {"mean": 0.5, "share_below": {}, "low": 0.0, "high": 1.0, "histogram": [0.25, 0.75]}
+        given = LayerRow(
+            1, step, layer, step, 1.0, 0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, (0.1 * layer, 0.2 * step), {"sdpa": gate}
+        )
+        return replace(given, **changes)
+
+    missing = {"mean": None, "share_below": {}, "low": 0.0, "high": 1.0, "histogram": None}
+    rows = [row(1, 1), row(1, 2), row(2, 1), row(2, 2, heads=(None, 0.4), gates={"sdpa": missing})]
+    plots = layer_plots(rows, "g1 seed=1")
+    assert set(plots) == {"first_token_attention.png", "max_activation.png", "gate_scores_sdpa.png"}
+    axes = plots["first_token_attention.png"].axes[0]
+    assert axes.get_title() == "g1 seed=1\nafter step 2"
+    shown = axes.images[0].get_array()
+    assert shown.tolist() == [[0.1, 0.4], [None, 0.4]]
+    assert plots["gate_scores_sdpa.png"].axes[0].images[0].get_array().tolist() == [[0.25, 0.75], [None, None]]
+    assert [line.get_label() for line in plots["max_activation.png"].axes[0].lines] == ["step 1", "step 2"]
+    assert layer_plots([], "nothing") == {}
+
+
 def test_each_state_has_its_run_status(run, send, client):
     ends = {"COMPLETE": "FINISHED", "DIVERGED": "KILLED", "PRUNED": "KILLED", "FAILED": "FAILED"}
     for trial, state in zip(run.plan.trials, ends, strict=True):
@@ -232,7 +295,9 @@ class Mortal:
 
         def call(*args: Any, **kwargs: Any) -> Any:
             result = inner(*args, **kwargs)
-            if not name.startswith(("get_", "search_", "trials", "sweeps", "attempts", "curve", "mirror_cursor")):
+            if not name.startswith(
+                ("get_", "search_", "trials", "sweeps", "attempts", "curve", "layers", "mirror_cursor")
+            ):
                 self._lives[0] -= 1
                 if self._lives[0] == 0:
                     raise Killed
@@ -406,11 +471,11 @@ def test_points_do_not_depend_on_how_the_curve_is_cut():
     config = a_plan().trials[0].config
     started = {1: 1_000_000, 2: 2_000_000}
     curve = [*rows(1, 8), *rows(9, STEPS, attempt=2)]
-    (whole,) = run_content.packets(Curve(tuple(curve), ()), config, started, {}, 1000)
+    (whole,) = run_content.packets(Curve(tuple(curve), ()), (), config, started, {}, 1000)
     cut, cursor = [], {}
     for start in range(0, STEPS, 3):
         part = Curve(tuple(curve[start : start + 3]), ())
-        (packet,) = run_content.packets(part, config, started, cursor, 1000)
+        (packet,) = run_content.packets(part, (), config, started, cursor, 1000)
         cut += packet.points
         cursor = packet.cursor
     assert cut == whole.points
@@ -422,7 +487,7 @@ def test_points_do_not_depend_on_how_the_curve_is_cut():
 
 def test_no_packet_is_larger_than_mlflow_takes():
     config = a_plan().trials[0].config
-    found = run_content.packets(Curve(rows(1, STEPS), ()), config, {}, {}, 50)
+    found = run_content.packets(Curve(rows(1, STEPS), ()), (), config, {}, {}, 50)
     assert max(len(packet.points) for packet in found) <= 50
     assert sum(len(packet.points) for packet in found) == 6 * STEPS
     assert [packet.cursor["step"] for packet in found] == [8, 16, 20]
@@ -430,7 +495,7 @@ def test_no_packet_is_larger_than_mlflow_takes():
 
 def test_a_long_trial_is_thinned_but_its_first_and_last_step_are_shown(monkeypatch):
     monkeypatch.setattr(run_content, "STEPS_PER_TRIAL", 7)
-    (packet,) = run_content.packets(Curve(rows(1, STEPS), ()), a_plan().trials[0].config, {}, {}, 1000)
+    (packet,) = run_content.packets(Curve(rows(1, STEPS), ()), (), a_plan().trials[0].config, {}, {}, 1000)
     assert [point.step for point in packet.points if point.key == "lr"] == [1, 3, 6, 9, 12, 15, 18, 20]
     assert packet.cursor["step"] == STEPS
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.store import AttemptRow, Store, SweepRow, TrialRow
 from orchestrator.tracking import run_content
+from orchestrator.tracking.layer_plots import layer_plots
 from orchestrator.tracking.loss_plot import loss_plot
 from orchestrator.tracking.server import open_client, sqlite_path, without_password
 
@@ -143,7 +144,8 @@ class _Pass:
         after = (cursor["attempt"], cursor["step"]) if "step" in cursor else None
         curve = self._store.curve(row.fingerprint, after)
         started_ms = {attempt.number: round(attempt.started_at.timestamp() * 1000) for attempt in attempts}
-        return run_content.packets(curve, row.config, started_ms, cursor, _METRICS_PER_BATCH)
+        layers = self._store.layers(row.fingerprint, cursor.get("probed", 0))
+        return run_content.packets(curve, layers, row.config, started_ms, cursor, _METRICS_PER_BATCH)
 
     def _send_parameters(self, client: MlflowClient, run_id: str, row: TrialRow, cursor: Cursor) -> None:
         if cursor.get("parameters"):
@@ -169,6 +171,8 @@ class _Pass:
         figure = loss_plot(self._store.curve(row.fingerprint), run_content.trial_name(row))
         if figure is not None:
             client.log_figure(run_id, figure, "loss.png")
+        for name, figure in layer_plots(self._store.layers(row.fingerprint), run_content.trial_name(row)).items():
+            client.log_figure(run_id, figure, f"diagnostics/{name}")
         self._note(row, cursor | {"artifacts": told})
 
     # Cursors and runs

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from models.config import TrialConfig
-from orchestrator.store import STATES, Curve, StepRow, SweepRow, TrialRow, ValidationRow
+from orchestrator.store import STATES, Curve, LayerRow, StepRow, SweepRow, TrialRow, ValidationRow, mean_or_none
 
 STEPS_PER_TRIAL = 5_000
 """Of a longer trial every k-th step is shown. SQL has them all; MLflow takes 0.1 CPU-milliseconds a point."""
@@ -32,6 +32,10 @@ STATUS = {
 """MLflow's run status by trial state; RUNNING for any other."""
 
 _STEP_METRICS = ("loss_nats", "gradient_norm", "lr", "tokens_per_second", "tokens")
+_LAYER_METRICS = (
+    "first_token_attention", "max_activation", "attention_output_rms", "ffn_output_rms", "residual_rms",
+    "gradient_norm", "update_ratio",
+)  # fmt: skip
 _VALIDATION_METRICS = (("loss_nats", "validation_loss_nats"), ("bits_per_byte", "validation_bits_per_byte"))
 
 
@@ -51,6 +55,15 @@ class Packet:
 
     points: list[Point]
     cursor: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class _Probe:
+    """All layers of one probe."""
+
+    attempt: int
+    step: int
+    layers: list[LayerRow]
 
 
 def sweep_key(sweep: SweepRow) -> str:
@@ -125,22 +138,27 @@ def digest(*content: object) -> str:
 
 
 def packets(
-    curve: Curve, config: TrialConfig, started_ms: Mapping[int, int], cursor: Mapping[str, Any], max_points: int
+    curve: Curve,
+    layers: Sequence[LayerRow],
+    config: TrialConfig,
+    started_ms: Mapping[int, int],
+    cursor: Mapping[str, Any],
+    max_points: int,
 ) -> list[Packet]:
-    """What of a curve is new since ``cursor``, in order, in packets of at most ``max_points``.
+    """What of a curve and of its probes is new since ``cursor``, in order, in packets of at most ``max_points``.
 
     Steps that an attempt repeats after a resumption are not sent again: they are bit-identical. A timestamp is the
     start of the attempt plus the training time since then, by the measured tokens/s (validation is not counted).
     """
-    position = {"attempt": 0, "step": 0, "elapsed": 0.0, "validations": [], **cursor}
+    position = {"attempt": 0, "step": 0, "elapsed": 0.0, "validations": [], "probed": 0, **cursor}
     sent = {tuple(key) for key in position["validations"]}
     reached = position["step"]
     stride = -(-config.train.num_steps // STEPS_PER_TRIAL)
     full: list[Packet] = []
     points: list[Point] = []
     before = dict(position)
-    rows: list[StepRow | ValidationRow] = [*curve.steps, *curve.validations]
-    for row in sorted(rows, key=lambda row: (row.step, isinstance(row, ValidationRow))):
+    rows: list[StepRow | ValidationRow | _Probe] = [*curve.steps, *curve.validations, *_probes(layers)]
+    for row in sorted(rows, key=lambda row: (row.step, not isinstance(row, StepRow))):
         new: list[Point] = []
         moment = started_ms.get(row.attempt, 0) + round(position["elapsed"] * 1000)
         if isinstance(row, StepRow):
@@ -153,6 +171,10 @@ def packets(
                 position["step"] = row.step
                 if row.step % stride == 0 or row.step in (1, config.train.num_steps):
                     new = _step_points(row, moment)
+        elif isinstance(row, _Probe):
+            if row.step > position["probed"]:
+                position["probed"] = row.step
+                new = _probe_points(row, moment)
         elif (row.step, row.split) not in sent:
             position["validations"] = [*position["validations"], [row.step, row.split]]
             new = _validation_points(row, moment)
@@ -181,6 +203,27 @@ def _validation_points(row: ValidationRow, moment: int) -> list[Point]:
             points.append(Point(prefix + name, value, moment, row.step))
             points.append(Point(f"by_tokens/{prefix}{name}", value, moment, row.tokens))
     return points
+
+
+def _probes(layers: Sequence[LayerRow]) -> list[_Probe]:
+    found: dict[int, list[LayerRow]] = {}
+    for row in layers:
+        found.setdefault(row.step, []).append(row)
+    return [_Probe(rows[0].attempt, step, rows) for step, rows in found.items()]
+
+
+def _probe_points(probe: _Probe, moment: int) -> list[Point]:
+    """Means over layers: the layers themselves are in SQL, and in the plots. ``/`` makes a folder in MLflow."""
+    means = {name: mean_or_none([getattr(row, name) for row in probe.layers]) for name in _LAYER_METRICS}
+    for position in probe.layers[0].gates:
+        gates = [row.gates[position] for row in probe.layers]
+        means[f"gate_score_{position}"] = mean_or_none([gate["mean"] for gate in gates])
+        for threshold in gates[0]["share_below"]:
+            shares = [gate["share_below"][threshold] for gate in gates]
+            means[f"gate_share_below_{threshold}_{position}"] = mean_or_none(shares)
+    return [
+        Point(f"diagnostics/{name}", value, moment, probe.step) for name, value in means.items() if value is not None
+    ]
 
 
 def _text(value: object) -> str:
