@@ -19,7 +19,7 @@ from sweep_runs import NoMirror, Watcher, curve_numbers, plan_of
 
 from models import run_dir
 from models.config import TrialConfig
-from models.run_dir import AttemptSpec, Record, StepRecord, Summary, ValidationRecord
+from models.run_dir import AttemptSpec, DiagnosticRecord, Record, StepRecord, Summary, ValidationRecord
 from orchestrator.controller import Controller
 from orchestrator.gang import GangEnd, GangShape, GangState
 from orchestrator.plan import Plan
@@ -105,6 +105,8 @@ class FakeGang:
             return self._ended("nonfinite", f"loss nan, gradient norm nan at step {self.step}")
         if self.step in self.config.validation_steps():
             self._write(fake_validation(self.config, self.step, fate))
+        if self.spec.diagnostics and self.step in self.spec.diagnostics.steps(self.config.train.num_steps):
+            self._write(fake_probe(self.config, self.step))
         if self.step == self.config.train.num_steps:
             return self._ended("complete")
         every = self.spec.checkpoint_every_steps
@@ -162,6 +164,22 @@ def fake_validation(config: TrialConfig, step: int, fate: Fate | None = None) ->
         num_tokens=1024,
         num_bytes=1024,
         nonfinite=loss is None,
+    )
+
+
+def fake_probe(config: TrialConfig, step: int) -> DiagnosticRecord:
+    by_layer = [fake_loss(config, step) + layer for layer in range(config.model.num_layers)]
+    return DiagnosticRecord(
+        step=step,
+        tokens=step * config.train.batch_tokens,
+        fraction=step / config.train.num_steps,
+        first_token_attention=[[value / 10] * config.model.num_query_heads for value in by_layer],
+        max_activation=by_layer,
+        attention_output_rms=by_layer,
+        ffn_output_rms=by_layer,
+        residual_rms=by_layer,
+        gradient_norm=by_layer,
+        update_ratio=by_layer,
     )
 
 

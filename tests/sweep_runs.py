@@ -7,6 +7,7 @@ import json
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -150,7 +151,7 @@ def _without_speed(record: StepRecord | ValidationRecord) -> dict[str, Any]:
 
 
 def curve_numbers(store: Store, fingerprint: str) -> list[tuple[Any, ...]]:
-    """A trial's curve as the store tells it, without speed and without saying which attempt made which step."""
+    """A trial's curve and probes as the store tells them, without speed and without saying which attempt made what."""
     curve = store.curve(fingerprint)
     steps: Iterator[tuple[Any, ...]] = (
         (row.step, row.tokens, row.fraction, row.lr, row.loss_nats, row.gradient_norm, row.nonfinite)
@@ -160,4 +161,5 @@ def curve_numbers(store: Store, fingerprint: str) -> list[tuple[Any, ...]]:
         (row.step, row.split, row.tokens, row.fraction, row.loss_nats, row.bits_per_byte, row.num_bytes)
         for row in curve.validations
     )
-    return [*steps, *validations]
+    layers = (astuple(row)[1:] for row in store.layers(fingerprint))
+    return [*steps, *validations, *layers]

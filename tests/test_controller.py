@@ -56,6 +56,8 @@ def test_every_trial_runs_once_and_its_records_are_all_in_the_store(bench: Bench
         curve = bench.store.curve(row.fingerprint)
         assert [step.step for step in curve.steps] == list(range(1, 21))
         assert [validation.step for validation in curve.validations] == [10, 20]
+        layers = [(probe.step, probe.layer) for probe in bench.store.layers(row.fingerprint)]
+        assert layers == [(step, layer) for step in (5, 10, 15, 20) for layer in (1, 2)]
     assert len(watcher.started()) == 2
     assert bench.store.lease_holder(bench.store.sweep("tiny").id) is None
 
