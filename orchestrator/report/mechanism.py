@@ -65,7 +65,7 @@ class ArmMechanism:
     loss_nats: float | None
     loss_sd_nats: float | None
     gate_scores: Mapping[str, Spread]
-    """By position; empty without a gate whose scores hang on the text."""
+    """By position; empty without a gate that has scores (``input: constant`` has none)."""
     max_activation: Spread
     first_token_attention: Spread
     num_loss_spikes: Spread
@@ -158,7 +158,8 @@ def _footnotes(
         return ["no arm has a learning rate with all its seeds complete"]
     notes = []
     if any(row.num_probed for row in rows):
-        windows = plural(settings["sequences"], "window") if settings else "windows"
+        number = settings["sequences"] if settings else None
+        windows = "windows" if number is None else "window" if number == 1 else plural(number, "window")
         reused = any(trial.trained_in for trial in answer.trials if trial.fingerprint in seen)
         elsewhere = "; of trials of another sweep as many as that one said" if reused else ""
         notes.append(

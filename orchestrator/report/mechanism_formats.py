@@ -80,7 +80,11 @@ def _four_decimals(spread: Spread) -> str:
 def _few_digits(spread: Spread) -> str:
     if spread.mean is None:
         return NOTHING
-    return f"{spread.mean:.4g}" + ("" if spread.sd is None else f" ±{spread.sd:.2g}")
+    return _short(spread.mean, 4) + ("" if spread.sd is None else f" ±{_short(spread.sd, 2)}")
+
+
+def _short(value: float, digits: int) -> str:
+    return f"{value:,.0f}" if abs(value) >= 10**digits or value == int(value) else f"{value:#.{digits}g}".rstrip(".")
 
 
 def mechanism_to_markdown(mechanism: Mechanism) -> str:
