@@ -137,7 +137,8 @@ def when_it_has_done(num_steps: int, act: Any) -> Any:
 def test_a_calm_run_ends_well_and_the_high_rate_diverges(undisturbed: dict[str, Result]):
     learns, diverges = undisturbed[LEARNS], undisturbed[DIVERGES]
     assert learns.state == "COMPLETE"
-    assert [row[0] for row in learns.curve] == [*range(1, 201), 100, 200]
+    probed = [step for step in (50, 100, 150, 200) for _layer in (1, 2)]
+    assert [row[0] for row in learns.curve] == [*range(1, 201), 100, 200, *probed]
     losses = [row[4] for row in learns.curve[:200]]
     assert sum(losses[-20:]) < 0.8 * sum(losses[:20])
     assert diverges.state == "DIVERGED"
