@@ -191,24 +191,72 @@ class ValidationConfig(Frozen):
     """Evaluations on the slice, evenly spaced over the schedule; the last one is at its end."""
     full_at_end: bool = False
     """Once more on the whole validation split when the trial ends."""
+    slice_documents: Count | None = None
+    """At most so many validation documents, evenly spaced, give a head to the slice; None: all of them."""
+
+
+class BlendMember(Frozen):
+    """One corpus of a blend, and its share of the training sequences, relative to the other members' weights."""
+
+    corpus: str
+    weight: Positive
+    corpus_sha256: str = ""
+
+
+class ValidationSet(Frozen):
+    """One more corpus that the loss is measured on, beside the validation split of ``data.corpus``."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,14}$")]
+    """In records: ``NAME`` for its slice, ``NAME/full`` for the whole."""
+    corpus: str
+    validation_every: Count | None = None
+    """Which documents count, as in ``data``, whose value None stands for; 1 takes all of a corpus that was held out."""
+    corpus_sha256: str = ""
 
 
 class DataConfig(Frozen):
-    """The corpus and how it is cut into tokens. The hashes and the vocabulary are filled in by the plan."""
+    """The corpora and how they are cut into tokens. The hashes and the vocabulary are filled in by the plan."""
 
     corpus: str = "sotu"
-    """``sotu`` (built in), or the path of a .jsonl, .jsonl.xz or .jsonl.gz file with a ``text`` field a line."""
+    """``sotu`` (built in), a .jsonl file (also .gz, .xz, .bz2, .zst) with a ``text`` field a line, or a folder that
+    ``gatesweep data prepare`` made. Its validation split is what verdicts are about."""
+    blend: Annotated[tuple[BlendMember, ...], BeforeValidator(_as_tuple)] = Field(
+        default=(),
+        description="a list such as [{corpus: a.jsonl, weight: 0.7}, {corpus: b.jsonl, weight: 0.3}], each corpus once",
+    )
+    """What is trained on in place of ``corpus`` alone: the members' training splits, in exact proportions."""
     tokenizer: str = "bytes"
-    """``bytes`` (built in, 256 tokens), or the path of a Hugging Face tokenizer.json."""
+    """``bytes`` (built in, 256 tokens), or the path of a Hugging Face tokenizer.json, a SentencePiece .model, or a
+    .tiktoken file of BPE ranks."""
     sequence_length: Count = 256
+    separate_documents: bool = False
+    """A token attends only within its own document. False packs documents: attention runs over their ends."""
     validation_every: Annotated[int, BeforeValidator(_integral), Field(ge=2)] = 20
     """Document i (0-based) is validation when i % validation_every == validation_every - 1."""
     validation: ValidationConfig = ValidationConfig()
     padded_vocab_size: Count | None = None
     """Rows of the embedding, at least the tokenizer's tokens: so that tensor ranks divide them, or as published."""
+    validation_sets: Annotated[tuple[ValidationSet, ...], BeforeValidator(_as_tuple)] = Field(
+        default=(),
+        description="a list such as [{name: books, corpus: books.jsonl, validation_every: 1}], each name once, "
+        "of at most 15 of a-z, 0-9, _ and -",
+    )
+    """Measured whenever ``corpus`` is, recorded beside it; no verdict looks at them."""
     vocab_size: Count = 256
     corpus_sha256: str = ""
     tokenizer_sha256: str = ""
+
+    @model_validator(mode="after")
+    def _each_once(self) -> DataConfig:
+        corpora = [member.corpus_sha256 or member.corpus for member in self.blend]
+        if twice := next((m.corpus for m, c in zip(self.blend, corpora, strict=True) if corpora.count(c) > 1), None):
+            raise ValueError(f"blend has the corpus {twice} more than once; allowed: one member a corpus")
+        names = [one.name for one in self.validation_sets]
+        if wrong := next((name for name in names if names.count(name) > 1 or name in ("slice", "full")), None):
+            raise ValueError(
+                f"validation_sets: the name {wrong!r} is taken; allowed: each name once, and neither slice nor full"
+            )
+        return self
 
 
 class TrainConfig(Frozen):
@@ -331,6 +379,8 @@ class TrialConfig(Frozen):
             content["gate"] = [gate.model_dump(mode="json") for gate in self.gates]
         if self.data.corpus_sha256:
             del content["data"]["corpus"]
+        for name in ("blend", "validation_sets"):
+            content["data"][name] = [_hash_for_path(one) for one in content["data"][name]]
         if self.data.tokenizer_sha256:
             del content["data"]["tokenizer"]
         return json.dumps(_without_absent({"numerics": NUMERICS, **content}), sort_keys=True, separators=(",", ":"))
@@ -359,6 +409,11 @@ def evenly_spaced(num_steps: int, points: int) -> tuple[int, ...]:
     """At most ``points`` of the steps 1 to ``num_steps``, ascending; the last is ``num_steps``. None for 0 points."""
     points = min(points, num_steps)
     return tuple(sorted({max(1, round(num_steps * i / points)) for i in range(1, points + 1)}))
+
+
+def _hash_for_path(corpus: dict[str, Any]) -> dict[str, Any]:
+    dropped = "corpus" if corpus["corpus_sha256"] else "corpus_sha256"
+    return {key: value for key, value in corpus.items() if value is not None and key != dropped}
 
 
 def _without_absent(content: dict[str, Any]) -> dict[str, Any]:

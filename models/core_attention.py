@@ -1,6 +1,7 @@
 """Softmax attention: by torch's scaled_dot_product_attention, or Megatron's own with a learned sink logit a head.
 
-Causal, without dropout, packed sequences or bias: what these models need.
+Causal, without dropout, packed sequences or bias: what these models need. ``document_mask`` keeps attention within a
+document, where documents are separate.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import torch
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
@@ -17,10 +19,20 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 
+def document_mask(document_ids_BS: Tensor) -> Tensor:
+    """[B, 1, S, S], true where a query (row) may not look: at what comes later, and at other documents.
+
+    Positions need no reset: RoPE acts by distance, which is the same within a document.
+    """
+    other_BSS = document_ids_BS[:, :, None] != document_ids_BS[:, None, :]
+    return (other_BSS | torch.ones_like(other_BSS[0]).triu(1))[:, None]
+
+
 class TorchCoreAttention(MegatronModule):  # type: ignore[misc]
     """Query [S, B, H, D], key and value [S, B, G, D] to [S, B, H*D], per tensor-parallel rank.
 
-    Equal to Megatron's core attention within rounding, with memory linear in the sequence.
+    Equal to Megatron's core attention within rounding, with memory linear in the sequence. ``attention_mask`` is
+    None for plain causal attention, or a whole mask, true where hidden.
     """
 
     def __init__(
@@ -57,7 +69,8 @@ class TorchCoreAttention(MegatronModule):  # type: ignore[misc]
             query.permute(1, 2, 0, 3),
             key.permute(1, 2, 0, 3),
             value.permute(1, 2, 0, 3),
-            is_causal=True,
+            attn_mask=None if attention_mask is None else ~attention_mask,
+            is_causal=attention_mask is None,
             scale=self.softmax_scale,
             enable_gqa=query.shape[2] != key.shape[2],
         )

@@ -53,7 +53,8 @@ class ValidationRecord(_Line):
     step: int
     tokens: int
     fraction: float
-    split: Literal["slice", "full"]
+    split: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,14}(/full)?$")]
+    """``slice`` or ``full`` of the corpus's own validation split; ``NAME`` or ``NAME/full`` of a validation set."""
     loss_nats: float | None
     bits_per_byte: float | None
     num_tokens: int

@@ -19,7 +19,9 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from models.config import DataConfig, ValidationConfig
 from models.corpus import CorpusError, TrainBatches, prepare, prepared, train_dataset, validation_batches
-from models.corpus.text import equal_shares, file_sha256, utf8_head
+from models.corpus import text as corpus_text
+from models.corpus.split import equal_shares, utf8_head
+from models.corpus.text import file_sha256
 
 
 def made_up_texts(num_documents=20, seed=0):
@@ -136,7 +138,7 @@ def test_packed_and_plain_corpora_give_the_same_tokens(corpus, small, tmp_path, 
 
 
 def test_chunks_do_not_show_in_the_result(corpus, small, tmp_path, monkeypatch):
-    monkeypatch.setattr(prepared, "CHUNK_CHARACTERS", 50)
+    monkeypatch.setattr(corpus_text, "CHUNK_BYTES", 50)
     content = prepare(small[1], tmp_path)
     assert content.info == small[0].info
 
@@ -475,7 +477,7 @@ def test_a_truncated_or_foreign_archive_is_named(corpus, tmp_path, suffix):
 def test_a_missing_or_unknown_corpus_is_named(tmp_path):
     with pytest.raises(CorpusError, match=r"no such file: .*gone.jsonl"):
         prepare(config(tmp_path / "gone.jsonl"), tmp_path)
-    with pytest.raises(CorpusError, match=r"'wiki' is neither built in \(sotu\) nor a .jsonl, .jsonl.xz, .jsonl.gz"):
+    with pytest.raises(CorpusError, match=r"'wiki' is neither built in \(sotu\) nor a .jsonl, .jsonl.gz, .jsonl.xz"):
         prepare(config("wiki"), tmp_path)
 
 

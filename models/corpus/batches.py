@@ -1,4 +1,4 @@
-"""Batches out of a prepared corpus: by optimizer step for training, by window for validation.
+"""Batches out of prepared corpora: by optimizer step for training, by window for validation.
 
 Both are functions of their arguments alone. A step's samples do not depend on the number of ranks or on the
 micro-batch, and resuming at a step needs no state. No loader processes: a batch is a few memory-mapped reads.
@@ -6,6 +6,7 @@ micro-batch, and resuming at a step needs no state. No loader processes: a batch
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -15,15 +16,18 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
+from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 
 from models.config import DataConfig
 from models.corpus.prepared import Prepared, SplitName, made_aside
+from models.corpus.sources import Sources
 
 Batch = dict[str, torch.Tensor]
-"""tokens, labels, position_ids (int64) and loss_mask (float32), each [micro_batch, sequence]."""
+"""tokens, labels, position_ids (int64) and loss_mask (float32), each [micro_batch, sequence]; with
+``data.separate_documents`` also document_ids (int64)."""
 
 
 class Samples(Protocol):
@@ -51,7 +55,7 @@ def train_dataset(prepared: Prepared, data: DataConfig, num_samples: int, seed: 
     Trials that run at once share the files: Megatron writes them in place, so they are made aside and renamed.
     """
     name = f"mcore{version('megatron-core')}-length{data.sequence_length}-samples{num_samples}-seed{seed}"
-    indices_dir = prepared.directory / "indices" / name
+    indices_dir = prepared.indices_directory / name
     distributed = torch.distributed.is_initialized()
     if (not distributed or torch.distributed.get_rank() == 0) and not indices_dir.exists():
         with made_aside(indices_dir) as aside:
@@ -59,6 +63,24 @@ def train_dataset(prepared: Prepared, data: DataConfig, num_samples: int, seed: 
     if distributed:
         torch.distributed.barrier()
     return _gpt_dataset(prepared, data, num_samples, seed, indices_dir)
+
+
+def training_samples(sources: Sources, data: DataConfig, num_samples: int, seed: int) -> Any:
+    """What a trial trains on (Samples): ``train_dataset`` of its one corpus, or Megatron's blend of several.
+
+    The next sample is always of the member that is furthest behind its share, so that no member is ever more than one
+    sample ahead of it. A member's own samples come in its own order, as if it were alone.
+    """
+    if len(sources.blend) == 1:
+        return train_dataset(sources.blend[0][0], data, num_samples, seed)
+    weights = [weight for _, weight in sources.blend]
+    wanted = [math.ceil(num_samples * weight / sum(weights)) + 1 for weight in weights]
+    members = [
+        train_dataset(prepared, data, number, seed) for (prepared, _), number in zip(sources.blend, wanted, strict=True)
+    ]
+    # Its index is made in memory, 10 bytes a sample: Megatron would write the file in place, and trials share it.
+    config = dataclasses.replace(members[0].config, path_to_cache=None)
+    return BlendedDataset(members, weights, num_samples, config)
 
 
 def _gpt_dataset(prepared: Prepared, data: DataConfig, num_samples: int, seed: int, indices_dir: Path) -> GPTDataset:
@@ -85,6 +107,7 @@ class TrainBatches:
 
     Step s (0-based) takes samples [s * batch_sequences, (s + 1) * batch_sequences) of the data set; data-parallel
     rank r of num_ranks a contiguous part of them, in micro-batches of ``micro_batch_sequences`` (None: all at once).
+    ``separate_at``: the end-of-document token, where documents are to be separate.
     """
 
     def __init__(
@@ -94,6 +117,7 @@ class TrainBatches:
         micro_batch_sequences: int | None = None,
         rank: int = 0,
         num_ranks: int = 1,
+        separate_at: int | None = None,
     ) -> None:
         if batch_sequences % num_ranks:
             raise ValueError(
@@ -103,6 +127,7 @@ class TrainBatches:
         self._batch_sequences = batch_sequences
         self._share = batch_sequences // num_ranks
         self._rank = rank
+        self._separate_at = separate_at
         self.micro_batch_sequences = micro_batch_sequences or self._share
         if self._share % self.micro_batch_sequences:
             raise ValueError(
@@ -118,12 +143,27 @@ class TrainBatches:
             raise IndexError(f"step {step} needs {end:,} samples, the data set was built for {len(self._dataset):,}")
         first = step * self._batch_sequences + self._rank * self._share
         for start in range(first, first + self._share, self.micro_batch_sequences):
-            yield _stack([self._dataset[i] for i in range(start, start + self.micro_batch_sequences)])
+            batch = _stack([self._dataset[i] for i in range(start, start + self.micro_batch_sequences)])
+            yield batch if self._separate_at is None else separated(batch, self._separate_at)
 
 
 def _stack(samples: Sequence[dict[str, torch.Tensor]]) -> Batch:
     names = ("tokens", "labels", "loss_mask", "position_ids")
     return {name: torch.stack([sample[name] for sample in samples]) for name in names}
+
+
+def separated(batch: Batch, eod: int) -> Batch:
+    """The batch with ``document_ids``, and positions that start anew in every document.
+
+    An end-of-document token opens the document behind it, whose first token is predicted from it alone: each document
+    is learnt as ``eod text -> text eod``, as if it were a sequence of its own. (Megatron's reset counts the eod to the
+    document before, which so shows itself to the first token of the next.)
+    """
+    tokens_BS = batch["tokens"]
+    starts_BS = tokens_BS == eod
+    place_S = torch.arange(tokens_BS.shape[1])
+    start_BS = torch.where(starts_BS, place_S, 0).cummax(dim=1).values
+    return {**batch, "document_ids": starts_BS.long().cumsum(dim=1), "position_ids": place_S - start_BS}
 
 
 class ValidationBatches:
@@ -155,6 +195,7 @@ class ValidationBatches:
         self._num_ranks = num_ranks
         self._multiple_of = multiple_of
         self._eod = prepared.eod
+        self._separate = data.separate_documents
         prefix = prepared.prefix(stored)
         # Not IndexedDataset's own arrays: they are views that turn into segmentation faults when it is collected.
         self._stream: np.ndarray[Any, Any] = np.memmap(f"{prefix}.bin", IndexedDataset(prefix).index.dtype, mode="r")
@@ -184,12 +225,13 @@ class ValidationBatches:
         tokens[first : first + len(token_part)] = token_part
         shape = (self._batch_sequences, self._length)
         labels_BS = torch.from_numpy(labels).view(shape)
-        return {
+        batch = {
             "tokens": torch.from_numpy(tokens).view(shape),
             "labels": labels_BS,
             "loss_mask": (labels_BS != self._eod).float(),
             "position_ids": torch.arange(self._length).expand(shape).contiguous(),
         }
+        return separated(batch, self._eod) if self._separate else batch
 
 
 def validation_batches(

@@ -8,7 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -79,7 +79,7 @@ class _Attempt:
             self.step += 1
             self._train_one_step()
             if self.step in validation_steps:
-                self.journal.write(self.evaluator.measure(self.step, "slice"))
+                self._validate("slice")
             if self.step in self.probes.steps:
                 self.journal.write(self.probes.measure(self.step))
             done = self.step == train.num_steps
@@ -94,7 +94,7 @@ class _Attempt:
         if self.spec.final_checkpoint:
             self._save()
         if self.trial.data.validation.full_at_end:
-            self.journal.write(self.evaluator.measure(self.step, "full"))
+            self._validate("full")
         return "complete"
 
     # -- the phases -----------------------------------------------------------------------------------------
@@ -102,7 +102,7 @@ class _Attempt:
     def _build(self) -> None:
         trial, world, spec = self.trial, self.world, self.spec
         plugins.check_source(trial.model)
-        prepared = corpus.prepare(trial.data, Path(spec.data_dir))
+        sources = corpus.gather(trial.data, Path(spec.data_dir))
         devices.seed_everything(trial.seed, world.device)
         self.backend = layer_specs.choose_backend(trial, spec.backend, world.device)
         chunks = layer_specs.build_chunks(trial, world.layout, world.device, self.backend)
@@ -115,16 +115,17 @@ class _Attempt:
         )
         self.micro_batch = spec.micro_batch_sequences or trial.batch_sequences // world.layout.data
         self.batches = corpus.TrainBatches(
-            corpus.train_dataset(
-                prepared, trial.data, num_samples=trial.train.num_steps * trial.batch_sequences, seed=trial.seed
+            corpus.training_samples(
+                sources, trial.data, num_samples=trial.train.num_steps * trial.batch_sequences, seed=trial.seed
             ),
             batch_sequences=trial.batch_sequences,
             micro_batch_sequences=self.micro_batch,
             rank=world.data_rank,
             num_ranks=world.layout.data,
+            separate_at=sources.main.eod if trial.data.separate_documents else None,
         )
-        self.evaluator = Evaluator(trial, prepared, self.chunks, world, self.micro_batch, self.beat)
-        self.probes = Probes(spec.diagnostics, trial, prepared, self.chunks, self.optimizer, world)
+        self.evaluator = Evaluator(trial, sources, self.chunks, world, self.micro_batch, self.beat)
+        self.probes = Probes(spec.diagnostics, trial, sources.main, self.chunks, self.optimizer, world)
         if spec.resume_checkpoint is not None:
             step = checkpoint.load(Path(spec.resume_checkpoint), self.chunks, self.optimizer)
             if step != spec.resume_step:
@@ -149,6 +150,7 @@ class _Attempt:
             num_micro_batches=self.batches.num_micro_batches,
             micro_batch_sequences=self.micro_batch,
             sequence_length=self.trial.data.sequence_length,
+            separate_documents=self.trial.data.separate_documents,
         )
         own = torch.stack(losses).mean() if losses else torch.zeros((), device=self.world.device)
         loss = float(self.world.from_last_stage(self.world.mean_over_data_ranks(own)))
@@ -177,6 +179,10 @@ class _Attempt:
         for batch in self.batches.micro_batches(self.step - 1):
             self.beat()
             yield {name: tensor.to(self.world.device) for name, tensor in batch.items()}
+
+    def _validate(self, split: Literal["slice", "full"]) -> None:
+        for record in self.evaluator.measure(self.step, split):
+            self.journal.write(record)
 
     def _checkpoint_is_due(self) -> bool:
         every = self.spec.checkpoint_every_steps

@@ -21,20 +21,28 @@ class Evaluator:
     def __init__(
         self,
         trial: TrialConfig,
-        prepared: corpus.Prepared,
+        sources: corpus.Sources,
         chunks: Sequence[torch.nn.Module],
         world: World,
         micro_batch: int,
         beat: Callable[[], None] = lambda: None,
     ) -> None:
-        self.trial, self.prepared, self.chunks, self.world = trial, prepared, chunks, world
+        self.trial, self.sources, self.chunks, self.world = trial, sources, chunks, world
         self.micro_batch, self.beat = micro_batch, beat
 
+    def measure(self, step: int, split: Literal["slice", "full"]) -> Iterator[ValidationRecord]:
+        """The main corpus, which verdicts are about, then each validation set."""
+        yield self._measure(self.sources.main, step, split, split)
+        for name, prepared in self.sources.validation_sets.items():
+            yield self._measure(prepared, step, split, name if split == "slice" else f"{name}/full")
+
     @torch.no_grad()
-    def measure(self, step: int, split: Literal["slice", "full"]) -> ValidationRecord:
+    def _measure(
+        self, prepared: corpus.Prepared, step: int, split: Literal["slice", "full"], name: str
+    ) -> ValidationRecord:
         """Every text token of the split is predicted once; separators between documents are not counted."""
         windows = corpus.validation_batches(
-            self.prepared,
+            prepared,
             self.trial.data,
             split,
             batch_sequences=self.micro_batch,
@@ -53,6 +61,7 @@ class Evaluator:
             micro_batch_sequences=self.micro_batch,
             sequence_length=self.trial.data.sequence_length,
             forward_only=True,
+            separate_documents=self.trial.data.separate_documents,
         )
         for chunk in self.chunks:
             chunk.train()
@@ -63,7 +72,7 @@ class Evaluator:
             step=step,
             tokens=step * self.trial.train.batch_tokens,
             fraction=step / self.trial.train.num_steps,
-            split=split,
+            split=name,
             loss_nats=run_dir.finite_or_none(total / windows.num_tokens),
             bits_per_byte=run_dir.finite_or_none(total / math.log(2) / windows.num_bytes),
             num_tokens=windows.num_tokens,

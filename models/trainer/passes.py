@@ -9,18 +9,20 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_attr_wrapped_model
 
+from models.core_attention import document_mask
 from models.corpus import Batch
 
 
 def token_losses(chunk: torch.nn.Module, batch: Batch) -> torch.Tensor:
     """Cross-entropy in nats of every target, [B, S]; of a chunk in front of the last one, what it hands on.
 
-    The mask is None: Megatron's attention is causal by itself.
+    Without separate documents the mask is None: Megatron's attention is causal by itself.
     """
+    separate = batch.get("document_ids")
     output: torch.Tensor = chunk(
         input_ids=batch.get("tokens"),
         position_ids=batch.get("position_ids"),
-        attention_mask=None,
+        attention_mask=None if separate is None else document_mask(separate),
         labels=batch.get("labels"),
     )
     return output
@@ -35,15 +37,17 @@ def run(
     micro_batch_sequences: int,
     sequence_length: int,
     forward_only: bool = False,
+    separate_documents: bool = False,
 ) -> list[torch.Tensor]:
     """``loss`` of every micro-batch in order; empty but on the last pipeline stage.
 
-    ``loss`` makes token losses [B, S] one number. Each chunk that takes tokens or labels has its own ``batches()``.
+    ``loss`` makes token losses [B, S] one number. Each chunk that takes tokens or labels has its own ``batches()``;
+    with separate documents every chunk has, as its attention must know where they begin.
     """
 
     def forward_step(own_batches: Iterator[Batch], chunk: torch.nn.Module) -> tuple[torch.Tensor, Any]:
         ends = (get_attr_wrapped_model(chunk, "pre_process"), get_attr_wrapped_model(chunk, "post_process"))
-        batch = next(own_batches) if any(ends) else {}
+        batch = next(own_batches) if any(ends) or separate_documents else {}
 
         def reduced(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             value = loss(losses, batch)
