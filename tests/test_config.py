@@ -6,6 +6,7 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from models.config import (
+    BlendMember,
     DataConfig,
     GateConfig,
     Layout,
@@ -16,6 +17,7 @@ from models.config import (
     TrainConfig,
     TrialConfig,
     ValidationConfig,
+    ValidationSet,
 )
 from models.presets import PRESETS
 
@@ -229,6 +231,9 @@ OTHER_VALUES = {
     "head_dim": 32,
     "num_query_heads": 8,
     "sequence_length": 512,
+    "blend": (BlendMember(corpus="b.jsonl", weight=1.0),),
+    "validation_sets": (ValidationSet(name="books", corpus="b.jsonl"),),
+    "slice_documents": 64,
     "corpus_sha256": "d" * 64,
     "tokenizer_sha256": "u" * 64,
 }
@@ -343,6 +348,33 @@ def test_without_a_hash_the_path_counts():
     for name in ("corpus", "tokenizer"):
         moved = with_leaf(bare, ("data", name), f"/elsewhere/{name}.json")
         assert moved.fingerprint() != bare.fingerprint()
+
+
+def test_a_moved_corpus_of_a_list_is_the_same_trial():
+    for name, one in [
+        ("blend", BlendMember(corpus="a.jsonl", weight=1.0, corpus_sha256="a" * 64)),
+        ("validation_sets", ValidationSet(name="books", corpus="a.jsonl", corpus_sha256="a" * 64)),
+    ]:
+        here, moved, changed = (
+            with_leaf(FULL, ("data", name), (one.model_copy(update=update),)).fingerprint()
+            for update in ({}, {"corpus": "elsewhere.jsonl"}, {"corpus_sha256": "b" * 64})
+        )
+        assert here == moved != changed
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"blend": [{"corpus": "a", "weight": 1.0}] * 2}, "blend has the corpus a more than once"),
+        ({"blend": [{"corpus": "a", "weight": 0.0}]}, "greater than 0"),
+        ({"validation_sets": [{"name": "b", "corpus": "a"}] * 2}, "the name 'b' is taken; allowed: each name once"),
+        ({"validation_sets": [{"name": "slice", "corpus": "a"}]}, "the name 'slice' is taken"),
+        ({"validation_sets": [{"name": "Much too long a name", "corpus": "a"}]}, "should match pattern"),
+    ],
+)
+def test_lists_of_corpora_that_mean_nothing_are_refused(changes, message):
+    with pytest.raises(ValidationError, match=message):
+        DataConfig.model_validate(changes)
 
 
 def test_what_is_absent_or_off_is_not_in_the_fingerprint():

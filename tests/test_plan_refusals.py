@@ -259,8 +259,8 @@ def test_an_override_that_no_trial_would_feel_is_refused(refused, plan):
 
 FILES = [
     ("nowhere.jsonl", None, "x.yaml:5:18: base.data.corpus: got 'nowhere.jsonl', but there is no file "),
-    ("nowhere.jsonl", None, "allowed: sotu, or the path of a .jsonl, .jsonl.xz or .jsonl.gz file"),
-    ("corpus.txt", b"text", "base.data.corpus: got 'corpus.txt'; allowed: a name that ends in .jsonl, .jsonl.xz, .jsonl.gz"),
+    ("nowhere.jsonl", None, "allowed: sotu, the path of a .jsonl file (packed or not), or a prepared folder"),
+    ("corpus.txt", b"text", "base.data.corpus: got 'corpus.txt'; allowed: a name that ends in .jsonl, .jsonl.gz, .jsonl.xz, .jsonl.bz2, .jsonl.zst"),
     ("empty.jsonl", b"", "empty.jsonl: the file holds no document"),
     ("words.jsonl", b"not json\n", "words.jsonl: the first document cannot be read as JSON (JSONDecodeError: "),
     ("other.jsonl", b'{"words": 1}\n', "other.jsonl: the first document has no text; allowed: one JSON object a line, with a field text"),
@@ -278,7 +278,10 @@ def test_a_corpus_that_cannot_be_read_is_refused_at_its_line(refused, folder, na
 
 def test_a_folder_is_no_corpus(refused, folder):
     (folder / "many.jsonl").mkdir()
-    refused(SMALL.replace("corpus.jsonl", "many.jsonl"), said="many.jsonl is not a file; allowed: sotu, or the path")
+    refused(
+        SMALL.replace("corpus.jsonl", "many.jsonl"),
+        said="many.jsonl is a folder, but none that gatesweep data prepare made: no info.json in it",
+    )
 
 
 @pytest.mark.parametrize("content", ["words", "[]", "{}", '{"model": {"vocab": {}}}', '{"model": {"vocab": 3}}'])

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 from orchestrator import report
-from orchestrator.cli import control, data, trained
+from orchestrator.cli import control, data_verbs, trained
 from orchestrator.cli.home import Home, existing_store, has_store
 from orchestrator.plan import expand
 from orchestrator.store import Store
@@ -27,7 +27,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.add_typer(data.app, name="data")
+app.add_typer(data_verbs.app, name="data")
 # Rich takes 80 columns for what is no terminal; a table in a file or a log may be as wide as it is.
 console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else FILE_WIDTH)
 errors = Console(stderr=True)

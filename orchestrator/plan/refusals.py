@@ -15,7 +15,17 @@ from orchestrator.sweep import ResourcesConfig
 
 def refusals(config: TrialConfig, resources: ResourcesConfig) -> list[str]:
     """Why this version cannot run the config with these resources; empty when it can."""
-    rules = (_tensor, _sequence, _pipeline, _expert, _context, _batch, backend_refusals, _plugins)
+    rules = (
+        _tensor,
+        _sequence,
+        _pipeline,
+        _expert,
+        _context,
+        _documents,
+        _batch,
+        backend_refusals,
+        _plugins,
+    )
     return [reason for rule in rules for reason in rule(config, resources)]
 
 
@@ -94,6 +104,14 @@ def _context(config: TrialConfig, resources: ResourcesConfig) -> Iterator[str]:
         yield (
             f"layout.context {ranks}: not in this version. Of Megatron's core attentions only Transformer Engine's "
             "sees past its rank's part of a sequence; allowed: 1"
+        )
+
+
+def _documents(config: TrialConfig, resources: ResourcesConfig) -> Iterator[str]:
+    if config.data.separate_documents and resources.layout.context > 1:
+        yield (
+            f"data.separate_documents with layout.context {resources.layout.context}: a rank that holds a part of the "
+            "sequence does not see where its documents begin; allowed: layout.context 1"
         )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from typing import Any
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
@@ -13,8 +12,9 @@ from pydantic_core import ErrorDetails
 from models import plugins
 from models.accounting import default_ffn_multiple, match_ffn_size, match_ffn_size_for_flops
 from models.config import TrialConfig
+from orchestrator.plan import corpora
 from orchestrator.plan.cells import CellError, Leaf, Leaves, nested
-from orchestrator.plan.files import FileError, Files
+from orchestrator.plan.files import Files
 from orchestrator.sweep import MatchConfig, Sweep, config_fields
 
 _LAYERS = ("resources", "base", "arms", "axes", "zip", "rows")
@@ -25,24 +25,14 @@ def cell_config(arm: str, leaves: Leaves, files: Files) -> TrialConfig:
     """The config of a cell, with seed 0 and the FFN width not yet matched; CellError when its values make none."""
     values = nested(leaves)
     values["seed"] = 0
-    _look_up_files(values, leaves, files)
+    data = values.setdefault("data", {})
+    corpora.fill_in(data, leaves, files)
+    _pad_vocabulary(data, leaves)
     _look_up_plugins(values, leaves)
     try:
         return TrialConfig.model_validate(values)
     except ValidationError as error:
         raise _cell_error(error.errors()[0], arm, leaves) from error
-
-
-def _look_up_files(values: dict[str, Any], leaves: Leaves, files: Files) -> None:
-    data = values.setdefault("data", {})
-    for name, look_up in (("corpus", files.corpus), ("tokenizer", files.tokenizer)):
-        path = f"data.{name}"
-        leaf = leaves.get(path, Leaf(config_fields()[path].default, ("base", "data")))
-        try:
-            data |= look_up(leaf.value)
-        except FileError as problem:
-            raise CellError(leaf.source, str(problem)) from problem
-    _pad_vocabulary(data, leaves)
 
 
 def _look_up_plugins(values: dict[str, Any], leaves: Leaves) -> None:

@@ -138,6 +138,11 @@ def _items(node: object, key: str, problems: Problems) -> Iterator[tuple[int, An
 
 def _known_axis(name: str, path: DocumentPath, problems: Problems) -> KnownField | None:
     known = config_fields().get(name)
+    if known is not None and known.default == ():
+        problems.add(
+            path, f"{name} is a list of sections, which is no value of an axis; make an arm of each", on_key=True
+        )
+        return None
     if known is not None:
         return known
     inside = [field for field in config_fields() if field.startswith(f"{name}.")]
