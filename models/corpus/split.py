@@ -23,6 +23,7 @@ class Slice:
         self._num_bytes = num_bytes
         self._num_documents = num_documents
         self._heads: list[bytes] = []
+        self._sizes: list[int] = []
         self._stride = 1
         self._seen = 0
         self._kept_bytes = 0
@@ -34,9 +35,10 @@ class Slice:
         if (self._seen - 1) % self._stride:
             return
         self._heads.append(head)
+        self._sizes.append(len(head))
         self._kept_bytes += len(head)
         if self._num_documents is not None and len(self._heads) > self._num_documents:
-            self._heads = self._heads[::2]
+            self._heads, self._sizes = self._heads[::2], self._sizes[::2]
             self._stride *= 2
             self._kept_bytes = sum(map(len, self._heads))
         if self._kept_bytes > self._shrink_at:
@@ -44,14 +46,14 @@ class Slice:
 
     def _shrink(self) -> None:
         # A later document can only lower what each one gives.
-        most = max(equal_shares([len(head) for head in self._heads], self._num_bytes)) + 1
+        most = max(equal_shares(self._sizes, self._num_bytes)) + 1
         self._heads = [head[: most + ROOM_FOR_A_CHARACTER] for head in self._heads]
         self._kept_bytes = sum(map(len, self._heads))
         self._shrink_at = max(self._shrink_at, 2 * self._kept_bytes)
 
     def texts(self) -> list[str]:
         """Each document's head, whole characters, in the order of the documents; empty ones are left out."""
-        shares = equal_shares([len(head) for head in self._heads], self._num_bytes)
+        shares = equal_shares(self._sizes, self._num_bytes)
         heads = [utf8_head(head, share) for head, share in zip(self._heads, shares, strict=True)]
         return [head.decode() for head in heads if head]
 
