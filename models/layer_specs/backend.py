@@ -19,8 +19,14 @@ def choose(trial: TrialConfig, asked: Backend, device: str) -> Taken:
 
     Raises RuntimeError when Transformer Engine is needed and cannot be had: what was tried, and the mend.
     """
-    if asked == "local" or (asked == "auto" and device != "cuda"):
-        taken: Taken = "local"
+    taken: Taken
+    if trial.data.separate_documents:
+        taken, problem = "local", "data.separate_documents needs Megatron's own modules: the mask is theirs to take"
+        if asked == "transformer_engine":
+            raise RuntimeError(f"backend transformer_engine: {problem}; set backend: local")
+        log.info("backend %s takes local, as %s", asked, problem)
+    elif asked == "local" or (asked == "auto" and device != "cuda"):
+        taken = "local"
         problem = f"backend {asked} on {device} takes Megatron's own modules"
     elif device != "cuda":
         raise RuntimeError(f"backend transformer_engine needs a CUDA device, and this attempt runs on {device}")

@@ -125,6 +125,7 @@ def _measure(trial: TrialConfig, model: GPTModel, world: World, wanted: Wanted) 
         micro_batch_sequences=micro_batch,
         sequence_length=trial.data.sequence_length,
         forward_only=True,
+        separate_documents=trial.data.separate_documents,
     )
     total = float(torch.stack(nats).sum())
     seen, num_sequences = _look_inside(trial, model, prepared, world, micro_batch, wanted.split)

@@ -6,8 +6,7 @@ from pathlib import Path
 
 from models import export
 from models.config import DataConfig
-from models.corpus.text import file_sha256
-from models.corpus.tokens import load_tokenizer, tokenizer_path
+from models.corpus.tokens import load_tokenizer, tokenizer_path, tokenizer_sha256
 from models.verbs.one_rank import newest_checkpoint, one_rank, restored
 
 
@@ -45,8 +44,12 @@ def _tokenizer_files(data: DataConfig) -> dict[str, bytes]:
     path = tokenizer_path(data.tokenizer)
     if path is None:
         return {"tokenizer.json": export.byte_tokenizer_json().encode()}
-    if data.tokenizer_sha256 and (actual := file_sha256(path)) != data.tokenizer_sha256:
+    if data.tokenizer_sha256 and (actual := tokenizer_sha256(str(path))) != data.tokenizer_sha256:
         raise export.Refused(
             f"{path} has changed since the trial: sha256 {actual[:16]}..., expected {data.tokenizer_sha256[:16]}..."
         )
-    return {"tokenizer.json" if path.suffix == ".json" else path.name: path.read_bytes()}
+    files = {"tokenizer.json" if path.suffix == ".json" else path.name: path.read_bytes()}
+    pattern = path.with_name(path.name + ".json")
+    if path.suffix == ".tiktoken" and pattern.exists():
+        files[pattern.name] = pattern.read_bytes()
+    return files

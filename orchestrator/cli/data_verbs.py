@@ -3,6 +3,7 @@ in a child process, since it needs torch."""
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
+import models
 
 app = typer.Typer(
     help="Corpora made ahead: text in, a folder out that a sweep names as its data.corpus.", no_args_is_help=True
@@ -72,7 +75,11 @@ def show(
 
 def _child(arguments: list[str]) -> int:
     """Its exit code. A signal is the child's to answer: it clears away what is half-made."""
-    child = subprocess.Popen([sys.executable, "-m", "models.corpus", *arguments])
+    own = str(Path(models.__file__).parents[1])
+    path = os.pathsep.join([own, *filter(None, [os.environ.get("PYTHONPATH")])])
+    # -P: this program's own models, whatever the working folder holds.
+    command = [sys.executable, "-P", "-m", "models.corpus", *arguments]
+    child = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path})
     previous = signal.signal(signal.SIGTERM, lambda *_: child.terminate())
     try:
         while True:

@@ -113,6 +113,13 @@ def _documents(config: TrialConfig, resources: ResourcesConfig) -> Iterator[str]
             f"data.separate_documents with layout.context {resources.layout.context}: a rank that holds a part of the "
             "sequence does not see where its documents begin; allowed: layout.context 1"
         )
+    if config.data.separate_documents and resources.backend == "transformer_engine":
+        yield (
+            "data.separate_documents with resources.backend transformer_engine: its causal attention takes no mask of "
+            "ours; allowed: local, or auto, which then takes local"
+        )
+    if config.data.separate_documents and config.precision == "fp8":
+        yield "data.separate_documents with precision fp8, which needs Transformer Engine; allowed: bf16"
 
 
 def _batch(config: TrialConfig, resources: ResourcesConfig) -> Iterator[str]:
