@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
 from typing import Any
@@ -91,22 +92,37 @@ def encode_chunk(chunk: Chunk, encoding: Encoding, tokenizer: Tokenizer) -> Enco
 def encode_chunks(
     chunks: Iterable[Chunk], encoding: Encoding, tokenizer: Tokenizer, num_workers: int = 0
 ) -> Iterator[EncodedChunk]:
-    """In the order of the chunks; with workers, that many processes tokenize while this one reads and writes."""
+    """In the order of the chunks. With several workers that many processes tokenize while this one reads and writes;
+    with one it is done here, on one core; with none here too, on as many as the tokenizer's library takes."""
     if num_workers == 0:
         for chunk in chunks:
             yield encode_chunk(chunk, encoding, tokenizer)
         return
-    # Spawned, not forked: this process may have threads. A worker that inherits the tokenizer library's own threads
-    # would make more of them than were asked for.
+    with _without_library_threads():
+        if num_workers == 1:
+            for chunk in chunks:
+                yield encode_chunk(chunk, encoding, tokenizer)
+            return
+        # Spawned, not forked: this process may have threads.
+        pool = ProcessPoolExecutor(num_workers, get_context("spawn"), _start_worker, (encoding,))
+        try:
+            yield from _in_order(pool, chunks, CHUNKS_A_WORKER * num_workers)
+        except BrokenProcessPool as error:
+            raise CorpusError(
+                "a process that tokenizes was killed, perhaps for want of memory: fewer workers"
+            ) from error
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def _without_library_threads() -> Iterator[None]:
+    """So that workers are the cores that are used; processes started within inherit it."""
     previous = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    pool = ProcessPoolExecutor(num_workers, get_context("spawn"), _start_worker, (encoding,))
     try:
-        yield from _in_order(pool, chunks, CHUNKS_A_WORKER * num_workers)
-    except BrokenProcessPool as error:
-        raise RuntimeError("a worker process was killed, perhaps for want of memory; try fewer --workers") from error
+        yield
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
         if previous is None:
             del os.environ["TOKENIZERS_PARALLELISM"]
         else:

@@ -90,7 +90,7 @@ def _write(
         read_chunks(paths, encoding.text_field, recipe.txt_documents),
         encoding,
         tokenizer,
-        num_workers if num_workers > 1 else 0,
+        num_workers,
     )
     aside = _aside(directory)
     shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed: the lock says that none is at work

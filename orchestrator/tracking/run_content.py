@@ -195,7 +195,7 @@ def _step_points(row: StepRow, moment: int) -> list[Point]:
 
 
 def _validation_points(row: ValidationRow, moment: int) -> list[Point]:
-    prefix = "" if row.split == "slice" else f"{row.split}_"
+    prefix = "" if row.split == "slice" else f"{row.split.replace('/', '_')}_"
     points = []
     for column, name in _VALIDATION_METRICS:
         value = getattr(row, column)
