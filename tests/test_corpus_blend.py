@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import ranks
 import torch
 from oracle import Oracle, relative_error, token_weight, unpack
 from small_trials import (
@@ -18,10 +19,10 @@ from test_corpus import all_tokens, made_up_texts
 from test_corpus import write_corpus as write_texts
 
 from models import device, run_dir
-from models.config import BlendMember, DataConfig, GateConfig, ValidationConfig, ValidationSet
+from models.config import BlendMember, DataConfig, GateConfig, Layout, ValidationConfig, ValidationSet
 from models.corpus import CorpusError, TrainBatches, gather, train_dataset, training_samples
 from models.corpus.batches import separated
-from models.trainer import passes, train
+from models.trainer import World, passes, train
 
 WEIGHTS = (5.0, 3.0, 2.0)
 
@@ -234,3 +235,25 @@ def test_a_validation_set_is_mirrored_and_asked_for_by_its_name(tmp_path, world,
         "held_full_validation_loss_nats",
         "held_full_validation_bits_per_byte",
     ]
+
+
+LAYOUTS = (Layout(data=2), Layout(pipeline=2), Layout(tensor=2))
+
+
+def train_on_layouts(rank, folder, attempt_dirs):
+    for number, directory in enumerate(attempt_dirs):
+        spec = run_dir.read_attempt_spec(directory)
+        world = World.join(rank, spec.layout, "cpu", f"file://{folder}/meet{number}")
+        train(spec, world)
+        world.leave()
+
+
+def test_every_layout_learns_separate_documents_of_a_blend_as_one_rank_does(tmp_path, world, mixed_trial):
+    alone = new_attempt(tmp_path / "alone", mixed_trial)
+    train(alone, world)
+    specs = [new_attempt(tmp_path / str(n), mixed_trial, layout=layout) for n, layout in enumerate(LAYOUTS)]
+    ranks.run(train_on_layouts, 2, [spec.attempt_dir for spec in specs])
+    expected = [record["loss_nats"] for record in metrics(alone) if "loss_nats" in record]
+    for spec in specs:
+        losses = [record["loss_nats"] for record in metrics(spec) if "loss_nats" in record]
+        assert losses == pytest.approx(expected, rel=1e-5), spec.layout
