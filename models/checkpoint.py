@@ -143,8 +143,8 @@ def _state(chunks: Sequence[Any], optimizer: Any, *, is_loading: bool) -> dict[s
         f"model{i}": _without_extra_state(chunk.module.sharded_state_dict(metadata=metadata), chunk.config)
         for i, chunk in enumerate(chunks)
     }
-    if is_loading:
-        for part in _distributed_parts(optimizer):
+    for part in optimizer.chained_optimizers:
+        if isinstance(part, DistributedOptimizer):
             _start_moments(part)
     moments, _ = extract_sharded_base(optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata))
     for part, own in _by_part(optimizer, moments):
@@ -173,15 +173,12 @@ def _load_chunk(module: Any, restored: dict[str, Any]) -> None:
 def _by_part(optimizer: Any, moments: dict[Any, Any]) -> list[tuple[Any, dict[Any, Any]]]:
     """Megatron's optimizer is a chain: one of all parameters, and under expert parallelism a second of the experts'."""
     parts = optimizer.chained_optimizers
-    return [(part, moments if len(parts) == 1 else moments[number]) for number, part in enumerate(parts)]
-
-
-def _distributed_parts(optimizer: Any) -> list[Any]:
-    return [part for part in optimizer.chained_optimizers if isinstance(part, DistributedOptimizer)]
+    # Before its first step a part has no moments, and is not in there.
+    return [(part, moments if len(parts) == 1 else moments.get(number, {})) for number, part in enumerate(parts)]
 
 
 def _start_moments(part: Any) -> None:
-    """Megatron asks the inner optimizer for its step before it loads, and torch's AdamW has none before the first."""
+    """Megatron asks the inner optimizer for its step, and torch's AdamW has none before the first."""
     part.init_state_fn(part.optimizer, part.config)
     if isinstance(part.optimizer, torch.optim.Adam | torch.optim.AdamW):
         for state in part.optimizer.state.values():

@@ -383,8 +383,14 @@ def test_all_is_on_the_disk_before_the_checkpoint_has_its_name(world, corpus, tm
     spec = new_attempt(tmp_path, corpus_trial(corpus, steps=STEPS))
     events = []
     sync, rename = checkpoint._sync, os.replace
+
+    def renamed(old, new):
+        if Path(new).parent.name == "checkpoints":
+            events.append("rename")
+        rename(old, new)
+
     monkeypatch.setattr(checkpoint, "_sync", lambda path: events.append(path.name) or sync(path))
-    monkeypatch.setattr(checkpoint.os, "replace", lambda old, new: events.append("rename") or rename(old, new))
+    monkeypatch.setattr(checkpoint.os, "replace", renamed)
     train(spec, world, stop_after(2))
     before, after = events[: events.index("rename")], events[events.index("rename") + 1 :]
     assert set(before[:-2]) == set(FILES.values())
