@@ -107,6 +107,20 @@ def test_what_cannot_be_exported_or_measured_is_one_line_and_changes_nothing(tra
     assert not list(tmp_path.iterdir())
 
 
+def test_a_torn_checkpoint_is_refused_by_name(trained, world, tmp_path):
+    import shutil
+
+    from models import device, export
+    from models.verbs import one_rank
+
+    _, spec = trained
+    found = one_rank.newest_checkpoint(run_dir.trial_dir(trained[0], spec.fingerprint))
+    copy = shutil.copytree(found.path, tmp_path / "torn")
+    (copy / "common.pt").unlink()
+    with device.on("cpu"), pytest.raises(export.Refused, match=r"torn is torn: common\.pt is missing$"):
+        one_rank.restored(one_rank.Checkpoint(found.trial, found.step, copy), world)
+
+
 def test_a_trial_is_found_by_the_beginning_of_its_fingerprint(trained, gatesweep, tmp_path):
     home, spec = trained
     other = home / "trials" / (spec.fingerprint[:4] + "zzzz")

@@ -63,7 +63,10 @@ def restored(found: Checkpoint, world: World, *, as_stored: bool = False) -> GPT
     """
     trial = in_plain_precision(found.trial, bf16=world.device == "cuda" or as_stored)
     model = layer_specs.build_model(trial, world.layout, world.device)
-    checkpoint.load_weights(found.path, model)
+    try:
+        checkpoint.load_weights(found.path, model)
+    except checkpoint.CheckpointError as failure:
+        raise export.Refused(str(failure).splitlines()[0]) from failure
     return model
 
 
