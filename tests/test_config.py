@@ -334,7 +334,7 @@ def test_every_field_is_either_learnt_or_known_not_to_be():
 def test_the_fingerprint_changes_with_the_gate_and_with_numerics(monkeypatch):
     assert trial(None).fingerprint() != trial(GateConfig(position="sdpa")).fingerprint()
     before = FULL.fingerprint()
-    monkeypatch.setattr("models.config.NUMERICS", 1_000_000)
+    monkeypatch.setattr("models.config.trial.NUMERICS", 1_000_000)
     assert FULL.fingerprint() != before
 
 

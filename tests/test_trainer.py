@@ -493,7 +493,7 @@ GOLDEN = {
     "sdpa-elementwise": (5.552164, 5.272372, 5.073265),
 }
 """To 7 digits; other instruction sets and thread counts move them by 1e-7."""
-MEANT = "raise NUMERICS in models/config.py if this change of numbers is meant"
+MEANT = "raise NUMERICS in models/config/trial.py if this change of numbers is meant"
 
 
 @pytest.fixture(scope="module")
