@@ -18,8 +18,9 @@ from orchestrator.verdict.looks import Looks, level_of_look
 from orchestrator.verdict.samples import Design, Method, NoiseFloor, Sample, noise_floor, rounded_away
 
 VARIANCES_LEVEL = 0.2
-"""Below this p of Bartlett's test, ``auto`` takes Welch. So high as the test sees little on a few seeds: with one arm
-of three times the noise, a nominal 5 % became 8 % on 3 seeds, 6 % on 5 and 5 % on 8 (with Welch alone at most 5 %)."""
+"""Below this p of Bartlett's test, ``auto`` takes Welch. So high as the test sees little on a few seeds, and still not
+enough: with one arm of three times the noise, ``auto`` errs in 7 to 9 % for a nominal 5 % on 3 seeds and in about 6 %
+on 5 (8.4 % when the baseline has its sqrt(arms) times the seeds, where Welch alone has 5.6 %)."""
 
 
 @dataclass(frozen=True)
