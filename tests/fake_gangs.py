@@ -215,7 +215,9 @@ class Bench:
 
     def controller(self, plan: Plan, cluster: Any, watcher: Watcher | None = None) -> Controller:
         sweep_id = self.store.add(plan).sweep_id
-        return Controller(plan.sweep, sweep_id, self.store, cluster, NoMirror(), self.home, watcher or Watcher())  # type: ignore[arg-type]
+        view = watcher or Watcher()
+        given = (plan.sweep, sweep_id, self.store, cluster, NoMirror(), self.home, view, plan.confirmations)
+        return Controller(*given)  # type: ignore[arg-type]
 
     def run(self, plan: Plan, fate: FateAt = all_goes_well, capacity: int = 2) -> Watcher:
         watcher = Watcher()

@@ -192,7 +192,7 @@ VALUES = [
     ("axes:\n  train.lr: [1e-3, 4e-3]", "axes: [1]", "x.yaml:12:7: axes: got a list; allowed: a mapping of config paths"),
     ("seeds: [1, 2]", "seeds: [1, 1]", "x.yaml:14:12: seeds[1]: got 1 twice; allowed: every seed once"),
     ("seeds: [1, 2]", "seeds: []", "x.yaml:14:8: seeds: got an empty list; allowed: a list of whole numbers"),
-    ("seeds: [1, 2]", "seeds: {select: [1]}", "x.yaml:14:8: seeds: got a mapping; allowed: a list of whole numbers"),
+    ("seeds: [1, 2]", "seeds: {select: [1]}", "x.yaml:14:8: seeds: got the keys select; allowed: select and confirm"),
     ("seeds: [1, 2]", "seeds: [-1]", "got -1; allowed: a whole number from 0 to 2147483647"),
     ("name: small", "name: Small Sweep", "x.yaml:1:7: name: got 'Small Sweep'; allowed: lower-case letters, digits, - and _"),
     ("question: Does it help?", "question: ''", "x.yaml:2:11: question: got ''; allowed: text, not empty"),

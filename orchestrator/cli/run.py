@@ -11,12 +11,12 @@ from rich.console import Console
 from orchestrator import report
 from orchestrator.cli.home import Home
 from orchestrator.cli.live import view_for
-from orchestrator.controller import Controller, SweepStopped, is_dead
+from orchestrator.controller import Controller, SweepStopped, choose_rates, is_dead
 from orchestrator.gang import Cluster
 from orchestrator.plan import Plan
 from orchestrator.search import StudyMirror
 from orchestrator.store import FINISHED, LeaseLost, Store
-from orchestrator.sweep import Sweep, UserError
+from orchestrator.sweep import UserError
 from orchestrator.tracking import Mirror, TrackingError, mirror
 
 INTERRUPTED_EXIT, FAILED_EXIT = 130, 1
@@ -49,18 +49,20 @@ def run_sweep(plan: Plan, home: Home, address: str | None, console: Console) -> 
         _refuse_second(store, sweep.name)
         before = _planned(store, sweep.name)
         added = store.add(plan)
-        states = [trial.state for trial in store.trials(added.sweep_id)]
+        choose_rates(store, sweep.name, plan.confirmations, lambda line: console.print(line, highlight=False))
+        current = store.trials(added.sweep_id)
+        states = [trial.state for trial in current]
         missing = sum(state in ("WAITING", "RUNNING") for state in states)
         console.print(
             f"{sweep.name}: {len(states)} trials, {added.num_new} new, "
             f"{sum(state in FINISHED for state in states)} finished, {missing} to run",
             highlight=False,
         )
-        forgotten = len(before - {trial.fingerprint for trial in plan.trials})
+        forgotten = len(before - {trial.fingerprint for trial in current})
         if forgotten:
             console.print(f"{forgotten} trial(s) of the last submission are not planned any more", highlight=False)
         if missing:
-            exit_code = _run_missing(sweep, added.sweep_id, store, home, address, console)
+            exit_code = _run_missing(plan, added.sweep_id, store, home, address, console)
         else:
             exit_code = 0
             catch_up(store, home, console)
@@ -87,13 +89,15 @@ def _refuse_second(store: Store, name: str) -> None:
         raise UserError(f"sweep {name} is run by {held[0]} now; nothing was changed. gatesweep status shows it")
 
 
-def _run_missing(sweep: Sweep, sweep_id: int, store: Store, home: Home, address: str | None, console: Console) -> int:
+def _run_missing(plan: Plan, sweep_id: int, store: Store, home: Home, address: str | None, console: Console) -> int:
+    sweep = plan.sweep
     background = _mirror(store, sweep_id, sweep.name, home)
     console.print(f"connecting to Ray at {address}" if address else "starting a local Ray", highlight=False)
     with view_for(console) as view, Cluster(address) as cluster:
         background.start()
         try:
-            controller = Controller(sweep, sweep_id, store, cluster, background, home.directory, view)
+            given = (sweep, sweep_id, store, cluster, background, home.directory, view, plan.confirmations)
+            controller = Controller(*given)
             with controller, _clean_stop(controller):
                 controller.run()
         except SweepStopped as stopped:

@@ -5,6 +5,7 @@ Read ``loop``, then ``running`` (an attempt that is followed), ``snapshot`` (wha
 
 from orchestrator.controller.lease_holder import is_dead
 from orchestrator.controller.loop import Controller, SweepStopped
+from orchestrator.controller.selection import choose_rates
 from orchestrator.controller.snapshot import Running, Snapshot, View
 
-__all__ = ["Controller", "Running", "Snapshot", "SweepStopped", "View", "is_dead"]
+__all__ = ["Controller", "Running", "Snapshot", "SweepStopped", "View", "choose_rates", "is_dead"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -18,10 +19,11 @@ from orchestrator.controller.orders import Orders
 from orchestrator.controller.provenance import data_hashes, provenance
 from orchestrator.controller.resume import curve_until, recover_records, resume_point
 from orchestrator.controller.running import RunningAttempt, trial_name, up_to
+from orchestrator.controller.selection import choose_rates
 from orchestrator.controller.snapshot import Snapshot, View
 from orchestrator.failures import DISK_FULL, HANG, PREEMPTED, Consequence, Ending, Wish, consequence
 from orchestrator.gang import Cluster, Gang, GangEnd, GangShape
-from orchestrator.plan import micro_batch_sizes
+from orchestrator.plan import Confirmation, PlannedTrial, micro_batch_sizes
 from orchestrator.search import Search
 from orchestrator.store import STATES, FinishedIsFinal, Lease, LeaseHeld, Store, TrialRow, TrialTaken
 from orchestrator.sweep import Sweep, UserError
@@ -46,18 +48,30 @@ class Controller:
     """
 
     def __init__(
-        self, sweep: Sweep, sweep_id: int, store: Store, cluster: Cluster, mirror: Mirror, home: Path, view: View
+        self,
+        sweep: Sweep,
+        sweep_id: int,
+        store: Store,
+        cluster: Cluster,
+        mirror: Mirror,
+        home: Path,
+        view: View,
+        confirmations: Sequence[Confirmation] = (),
     ) -> None:
         self.sweep, self.sweep_id, self.store, self.cluster = sweep, sweep_id, store, cluster
+        self.confirmations = confirmations
         self.mirror, self.home, self.view = mirror, home, view
         resources = sweep.resources
         self.shape = GangShape(resources.layout, resources.cpus, resources.gpus)
         self.pool = GangPool(cluster, self.shape, store, sweep_id, view)
         self.running: list[RunningAttempt] = []
         trials = store.trials(sweep_id)
-        sizes = micro_batch_sizes([trial.config for trial in trials], resources)
-        self.micro_batches = {trial.fingerprint: size for trial, size in zip(trials, sizes, strict=True)}
-        self.search = Search(sweep.name, trials, sweep.prune.divergence)
+        known = {trial.fingerprint for trial in trials}
+        may_come = [trial for one in confirmations for of_rate in one.by_lr.values() for trial in of_rate]
+        cells: list[TrialRow | PlannedTrial] = [*trials, *(one for one in may_come if one.fingerprint not in known)]
+        sizes = micro_batch_sizes([trial.config for trial in cells], resources)
+        self.micro_batches = {trial.fingerprint: size for trial, size in zip(cells, sizes, strict=True)}
+        self.search = Search(sweep.name, cells, sweep.prune.divergence)
         self.orders = Orders(store, sweep_id, resources)
         self.disk = DiskWatch(home)
         self.not_before: dict[str, float] = {}
@@ -172,6 +186,7 @@ class Controller:
 
     def _refresh(self, now: bool = False) -> None:
         if now or time.monotonic() - self.trials_read > REFRESH_SECONDS:
+            choose_rates(self.store, self.sweep.name, self.confirmations, self.view.tell)
             self.trials = self.store.trials(self.sweep_id)
             self.trials_read = time.monotonic()
             self._cancel(self.orders.to_cancel())

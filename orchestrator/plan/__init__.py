@@ -7,6 +7,7 @@ a whole config shows are UserErrors; what is right but beyond this version or th
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,11 +29,13 @@ from orchestrator.plan.files import Files
 from orchestrator.plan.fit import memory_needed, memory_refusals, micro_batch_sizes
 from orchestrator.plan.refusals import refusals
 from orchestrator.plan.resolve import cell_config, matched
-from orchestrator.sweep import DocumentPath, Problems, Sweep, UserError
+from orchestrator.sweep import Derived, DocumentPath, Problems, Sweep, UserError
 
 MAX_TRIALS = 100_000
 
-__all__ = ["MAX_TRIALS", "Plan", "PlannedTrial", "Refusal", "expand", "micro_batch_sizes"]
+LR = "train.lr"
+
+__all__ = ["LR", "MAX_TRIALS", "Confirmation", "Plan", "PlannedTrial", "Refusal", "expand", "micro_batch_sizes"]
 
 
 @dataclass(frozen=True)
@@ -68,12 +71,29 @@ class Refusal:
 
 
 @dataclass(frozen=True)
+class Confirmation:
+    """What an arm runs on fresh seeds once its learning rate is chosen: the trials of that rate, of no other."""
+
+    arm: str
+    axes: dict[str, Any]
+    """The axes but the learning rate and what is derived: one choice for each of their values."""
+    selection: tuple[str, ...]
+    """Fingerprints of the trials that choose, sorted; all of them have to end first."""
+    by_lr: dict[float, tuple[PlannedTrial, ...]]
+
+    @property
+    def most_flops(self) -> int:
+        return max(sum(trial.training_flops for trial in trials) for trials in self.by_lr.values())
+
+
+@dataclass(frozen=True)
 class Plan:
     sweep: Sweep
     trials: tuple[PlannedTrial, ...]
     refusals: tuple[Refusal, ...]
     absent_files: tuple[Path, ...] = ()
     """What the trials need and this machine lacks: fingerprints will be others where it is."""
+    confirmations: tuple[Confirmation, ...] = ()
 
     @property
     def training_flops(self) -> int:
@@ -100,7 +120,8 @@ def expand(sweep: Sweep, *, files_may_be_absent: bool = False) -> Plan:
     is for looking at: its fingerprints stand for paths and not for content.
     """
     num_cells = number_of_cells(sweep)
-    num_trials = num_cells * len(sweep.seeds) + num_cells // len(sweep.arms) * len(sweep.extra_baseline_seeds)
+    num_trials = num_cells * (len(sweep.seeds) + len(sweep.confirm_seeds))
+    num_trials += num_cells // len(sweep.arms) * len(sweep.extra_baseline_seeds)
     if num_trials > MAX_TRIALS:
         raise UserError(f"{sweep.places.file}: {num_trials:,} trials; allowed: at most {MAX_TRIALS:,}")
     files = Files(Path(sweep.path).parent, may_be_absent=files_may_be_absent)
@@ -121,7 +142,10 @@ def expand(sweep: Sweep, *, files_may_be_absent: bool = False) -> Plan:
             runnable.append(_Cell(cell.arm, cell.axes, cell.leaves, config))
     _refuse_identical(sweep, runnable)
     _refuse_other_measures(sweep, runnable)
-    return Plan(sweep, _in_order(sweep, runnable), tuple(refused), tuple(files.absent.values()))
+    trials = _in_order(sweep, runnable)
+    return Plan(
+        sweep, trials, tuple(refused), tuple(files.absent.values()), _confirmations(sweep, runnable, trials)
+    )
 
 
 def _cells(sweep: Sweep, files: Files) -> list[_Cell]:
@@ -229,15 +253,49 @@ def _in_order(sweep: Sweep, cells: list[_Cell]) -> tuple[PlannedTrial, ...]:
     hosts and the hours of the sweep's end. Drawn by hash and not by a generator: a cell that is added or dropped
     leaves the order of the others as it is.
     """
+    extra = () if sweep.confirm_seeds else sweep.extra_baseline_seeds
+    return _blocks(sweep, cells, sweep.seeds, extra, 0)
+
+
+def _blocks(
+    sweep: Sweep, cells: list[_Cell], seeds: tuple[int, ...], extra_seeds: tuple[int, ...], first_position: int
+) -> tuple[PlannedTrial, ...]:
     trials: list[PlannedTrial] = []
     priced = list(zip(cells, _prices(sweep, cells), strict=True))
-    for number, seed in enumerate(sweep.seeds):
+    for number, seed in enumerate(seeds):
         block = [_trial(sweep, cell, seed, price) for cell, price in priced]
-        for extra in sweep.extra_baseline_seeds[number :: len(sweep.seeds)]:
+        for extra in extra_seeds[number :: len(seeds)]:
             block += [_trial(sweep, cell, extra, price) for cell, price in priced if cell.arm == sweep.baseline]
         block.sort(key=lambda trial: hashlib.sha256(f"{sweep.order_seed}:{trial.fingerprint}".encode()).digest())
         trials += block
-    return tuple(replace(trial, position=position) for position, trial in enumerate(trials))
+    return tuple(replace(trial, position=position) for position, trial in enumerate(trials, first_position))
+
+
+def _confirmations(sweep: Sweep, cells: list[_Cell], selection: tuple[PlannedTrial, ...]) -> tuple[Confirmation, ...]:
+    """One for each arm and value of the other axes, in the order of the file; their trials come after all others."""
+    if not sweep.confirm_seeds:
+        return ()
+    hidden = {LR, *(name for name, axis in sweep.axes.items() if isinstance(axis, Derived))}
+
+    def group(one: _Cell | PlannedTrial) -> str:
+        return json.dumps([one.arm, {name: one.axes[name] for name in one.axes if name not in hidden}], default=str)
+
+    first = {group(cell): cell for cell in reversed(cells)}
+    choosing: dict[str, list[str]] = {}
+    by_lr: dict[str, dict[float, list[PlannedTrial]]] = {}
+    for trial in selection:
+        choosing.setdefault(group(trial), []).append(trial.fingerprint)
+    for trial in _blocks(sweep, cells, sweep.confirm_seeds, sweep.extra_baseline_seeds, len(selection)):
+        by_lr.setdefault(group(trial), {}).setdefault(trial.config.train.lr, []).append(trial)
+    return tuple(
+        Confirmation(
+            arm=cell.arm,
+            axes={name: value for name, value in cell.axes.items() if name not in hidden},
+            selection=tuple(sorted(choosing[key])),
+            by_lr={lr: tuple(trials) for lr, trials in sorted(by_lr[key].items())},
+        )
+        for key, cell in ((group(cell), cell) for cell in cells if first[group(cell)] is cell)
+    )
 
 
 def _prices(sweep: Sweep, cells: list[_Cell]) -> list[dict[str, Any]]:

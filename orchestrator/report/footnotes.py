@@ -26,6 +26,7 @@ def footnotes(
         _look(heading, comparison),
         _changes(heading),
         _noise_floor(rows, comparison),
+        _confirmed(heading, rows),
         _exploratory(rows, exploratory),
         *_edges(rows),
         _diverged(trials),
@@ -95,6 +96,18 @@ def _noise_floor(rows: Sequence[ArmRow], comparison: Comparison) -> str:
     multiples = ", ".join(f"{row.arm} {row.delta_sds:+.1f}" for row in rows if row.delta_sds is not None)
     pooled = f"noise floor: a seed SD of {floor.sd_nats:.4f} nats, pooled over {plural(floor.num_arms, 'arm')}"
     return f"{pooled}; differences in SDs: {multiples}" if multiples else pooled
+
+
+def _confirmed(heading: SweepHeading, rows: Sequence[ArmRow]) -> str:
+    if not heading.confirm_seeds or not heading.seeds:
+        return ""
+    choosing, fresh = (", ".join(map(str, seeds)) for seeds in (heading.seeds, heading.confirm_seeds))
+    more = ", ".join(map(str, heading.extra_baseline_seeds))
+    ours = f", of the baseline also {more}" if more else ""
+    open_ones = ", ".join(row.arm for row in rows if row.best_lr is None)
+    left = f"; not chosen: {open_ones}" if open_ones else ""
+    said = f"learning rates were chosen on seeds {choosing}; losses and verdicts are those of fresh seeds {fresh}"
+    return said + ours + left
 
 
 def _exploratory(rows: Sequence[ArmRow], reasons: Sequence[str]) -> str:

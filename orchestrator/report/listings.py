@@ -121,7 +121,26 @@ def _plan_totals(plan: Plan, known: Mapping[str, str]) -> list[str]:
         work = f"{flops_text(flops)} training FLOPs in all, {flops_text(flops_left)} still to do"
         lines.append(f"{span} parameters a trial; {work}")
         lines += _memory_lines(plan)
-    return lines
+    return [*lines, *_confirmation_lines(plan, known)]
+
+
+def _confirmation_lines(plan: Plan, known: Mapping[str, str]) -> list[str]:
+    """What will be added once learning rates are chosen. Only which rate is open; the dearest one is the price."""
+    if not plan.confirmations:
+        return []
+    may_come = {one.fingerprint for each in plan.confirmations for of in each.by_lr.values() for one in of}
+    there = Counter(known[fingerprint] for fingerprint in may_come if fingerprint in known)
+    number = sum(max(map(len, each.by_lr.values())) for each in plan.confirmations)
+    flops = sum(each.most_flops for each in plan.confirmations)
+    seeds = ", ".join(map(str, plan.sweep.confirm_seeds))
+    more = ", ".join(map(str, plan.sweep.extra_baseline_seeds))
+    ours = f" ({plan.sweep.baseline} also {more})" if more else ""
+    states = {state: there[state] for state in STATES if there[state]}
+    already = f"; there already: {states_text(states)}" if states else ""
+    return [
+        f"then, at each arm's best learning rate, fresh seeds {seeds}{ours} for the verdict: at most "
+        f"{plural(number, 'trial')}, {flops_text(flops)} training FLOPs{already}"
+    ]
 
 
 def _memory_lines(plan: Plan) -> list[str]:

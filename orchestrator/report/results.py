@@ -6,15 +6,17 @@ first. A trial that ends in between still counts as unfinished, never as complet
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from models.accounting import utilisation
+from orchestrator.report.figures import plural
 from orchestrator.report.tables import tabulate
 from orchestrator.report.tree import Results, SweepHeading, TrialResult
-from orchestrator.store import SEED_KEYS
+from orchestrator.store import verdict_seeds
 from orchestrator.sweep import ResourcesConfig, VerdictConfig
 from orchestrator.verdict import Design, Looks
 
@@ -36,6 +38,7 @@ def _heading(sweep: SweepRow) -> SweepHeading:
         {name: value for name, value in sweep.verdict.items() if name in VerdictConfig.model_fields}
     )
     looks, exploratory = _looks(sweep, rules.looks)
+    confirming = tuple(sweep.settings.get("confirm_seeds") or ())
     return SweepHeading(
         name=sweep.name,
         question=sweep.question,
@@ -47,26 +50,47 @@ def _heading(sweep: SweepRow) -> SweepHeading:
         alpha=rules.alpha,
         design=Design(rules.method, rules.paired, looks),
         tail=rules.tail,
-        exploratory=exploratory,
+        exploratory=(*exploratory, *(_unsound_choices(sweep) if confirming else ())),
         changes=_changes(sweep, rules),
         axis_names=axes,
         derived_axes=derived,
+        confirm_seeds=confirming,
     )
 
 
 def _looks(sweep: SweepRow, declared: int) -> tuple[Looks, tuple[str, ...]]:
     """This look among those that the sweep's submissions made possible, and why that may be too many."""
-    now = {key: list(sweep.settings.get(key) or ()) for key in SEED_KEYS}
+    now = verdict_seeds(sweep.settings)
     taken: list[dict[str, list[int]]] = sweep.verdict.get("looks_taken", [])
+    if "select" in now:
+        # What was seen on seeds that now only choose learning rates is no look at the seeds of the verdict.
+        taken = [one for one in taken if not set(one["seeds"]) <= set(now["select"])]
     earlier = taken[: taken.index(now)] if now in taken else taken
     total = len(taken) + (now not in taken)
     reasons = []
     if total > declared:
         reasons.append(f"verdicts were read {total} times, {declared} declared (verdict.looks)")
-    if any(not set(before[key]) <= {*now["seeds"], *now[key]} for before in earlier for key in now):
+    keys = ("seeds", "extra_baseline_seeds")
+    if any(not set(before[key]) <= {*now["seeds"], *now[key]} for before in earlier for key in keys):
         reasons.append("seeds of an earlier look were taken away")
     sizes = tuple((len(one["seeds"]), len(one["seeds"]) + len(one["extra_baseline_seeds"])) for one in earlier)
     return Looks(declared, sizes), tuple(reasons)
+
+
+def _unsound_choices(sweep: SweepRow) -> list[str]:
+    """Why the confirming seeds may be no fresh data."""
+    chosen: list[dict[str, Any]] = sweep.verdict.get("chosen", [])
+    reasons = []
+    seen = sum(len(one["seen"]) for one in chosen)
+    if seen:
+        reasons.append(f"{plural(seen, 'confirming trial')} had run before the learning rate was chosen")
+    rates: dict[str, set[float]] = {}
+    for one in chosen:
+        rates.setdefault(json.dumps([one["arm"], one["axes"]], default=str), set()).add(one["lr"])
+    again = sorted({json.loads(key)[0] for key, found in rates.items() if len(found) > 1})
+    if again:
+        reasons.append(f"the learning rate was chosen anew for {', '.join(again)}, after confirming trials had begun")
+    return reasons
 
 
 def _changes(sweep: SweepRow, rules: VerdictConfig) -> tuple[str, ...]:

@@ -94,18 +94,19 @@ class _Arm:
     name: str
     trials: tuple[TrialResult, ...]
     learning_rate: BestLearningRate
+    best_lr: float | None
     at_best: tuple[TrialResult, ...]
-    """The trials at the best learning rate, by ascending seed, as the losses are."""
+    """The trials of the verdict, by ascending seed, as the losses are: at the best learning rate, or confirming it."""
+    losses_nats: tuple[float, ...]
     num_missing: int
-
-    @property
-    def losses_nats(self) -> tuple[float, ...]:
-        best = self.learning_rate.best
-        return () if best is None else best.losses_nats
+    num_confirming: int | None = None
+    """Confirming trials that there should be; None: the seeds that choose the rate are those of the verdict."""
 
     @property
     def is_whole(self) -> bool:
         holes = ("FAILED", *UNFINISHED)
+        if self.num_confirming is not None and len(self.losses_nats) < self.num_confirming:
+            return False
         return not self.num_missing and not any(trial.state in holes for trial in self.trials)
 
 
@@ -115,12 +116,13 @@ def _table(
     others = dict.fromkeys([*heading.arms, *(trial.arm for trial in trials)])
     names = [heading.baseline, *(name for name in others if name != heading.baseline)]
     trials = sorted(trials, key=lambda trial: (names.index(trial.arm), trial.lr, trial.seed))
-    cells = {_cell(heading, trial) for trial in trials}
+    fresh = {*heading.confirm_seeds, *(heading.extra_baseline_seeds if heading.confirm_seeds else ())}
+    cells = {_cell(heading, trial) for trial in trials if trial.seed not in fresh}
     arms = [_arm(name, heading, split, [trial for trial in trials if trial.arm == name], cells) for name in names]
     comparison = compare(
         [_sample(arm) for arm in arms], heading.baseline, heading.margin_nats, heading.alpha, heading.design
     )
-    chosen = any(arm.learning_rate.num_finite > 1 for arm in arms)
+    chosen = not heading.confirm_seeds and any(arm.learning_rate.num_finite > 1 for arm in arms)
     reasons = (*((LR_REASON,) if chosen else ()), *heading.exploratory)
     rows = _ranked(
         [
@@ -154,21 +156,35 @@ def _sample(arm: _Arm) -> Sample:
 
 
 def _arm(name: str, heading: SweepHeading, split: Split, trials: list[TrialResult], cells: set[str]) -> _Arm:
-    results = [CellResult(name, trial.lr, trial.seed, trial.state, _loss(trial, split)) for trial in trials]
+    extra = heading.extra_baseline_seeds if name == heading.baseline else ()
+    confirm = (*heading.confirm_seeds, *extra) if heading.confirm_seeds else ()
+    choosing = [trial for trial in trials if trial.seed not in confirm]
+    results = [CellResult(name, trial.lr, trial.seed, trial.state, _loss(trial, split)) for trial in choosing]
     expected = heading.seeds
-    if expected is not None and name == heading.baseline:
-        expected = (*expected, *heading.extra_baseline_seeds)
+    if expected is not None and not confirm:
+        expected = (*expected, *extra)
     learning_rate = best_learning_rate(name, results, expected)
-    best = learning_rate.best
-    at_best = [] if best is None else [trial for trial in trials if trial.lr == best.lr]
-    seeds = set(expected or ()) | {trial.seed for trial in trials}
-    present = {(_cell(heading, trial), trial.seed) for trial in trials}
+    seeds = set(expected or ()) | {trial.seed for trial in choosing}
+    present = {(_cell(heading, trial), trial.seed) for trial in choosing}
+    best_lr = None if learning_rate.best is None else learning_rate.best.lr
+    losses = () if learning_rate.best is None else learning_rate.best.losses_nats
+    at_best = [trial for trial in choosing if trial.lr == best_lr]
+    if confirm:
+        # The stored choice, not one made anew: the confirming trials carry it.
+        at_best = sorted((trial for trial in trials if trial.seed in confirm), key=lambda trial: trial.seed)
+        best_lr = at_best[-1].lr if at_best else None
+        known = [loss for trial in at_best if (loss := _loss(trial, split)) is not None and trial.state == "COMPLETE"]
+        whole = len(known) == len(confirm) and len({trial.lr for trial in at_best}) == 1
+        losses, at_best = (tuple(known), at_best) if whole else ((), [])
     return _Arm(
         name=name,
         trials=tuple(trials),
         learning_rate=learning_rate,
+        best_lr=best_lr,
         at_best=tuple(at_best),
+        losses_nats=losses,
         num_missing=len({(cell, seed) for cell in cells for seed in seeds} - present),
+        num_confirming=len(confirm) if confirm else None,
     )
 
 
@@ -187,6 +203,14 @@ def _problem(arm: _Arm) -> str:
         ended = was if state == "PRUNED" else state.lower()
         return f"the only trial {ended}" if number == 1 else f"all {number} trials {ended}"
     yet = " yet" if any(state in UNFINISHED for state in counts) else ""
+    if arm.num_confirming is not None and arm.best_lr is not None:
+        of_rate = [trial for trial in arm.trials if trial.lr == arm.best_lr]
+        diverged = any(trial.state == "DIVERGED" for trial in of_rate)
+        return (
+            "a confirming seed diverged" if diverged else f"not all {arm.num_confirming} confirming seeds are complete"
+        )
+    if arm.num_confirming is not None and arm.learning_rate.best is not None:
+        return f"its learning rate is not chosen{yet}"
     return f"no learning rate has all its seeds complete{yet}"
 
 
@@ -198,7 +222,7 @@ def _row(arm: _Arm, judged: Verdict, split: Split, is_baseline: bool, explorator
         arm=arm.name,
         is_baseline=is_baseline,
         rank=None,
-        best_lr=None if rate.best is None else rate.best.lr,
+        best_lr=arm.best_lr,
         edge=rate.edge,
         num_finite_lrs=rate.num_finite,
         losses_nats=arm.losses_nats,

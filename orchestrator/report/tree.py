@@ -46,6 +46,8 @@ class SweepHeading:
     """The last share of the schedule over which a trial's validations are averaged."""
     exploratory: tuple[str, ...] = ()
     """Why no verdict of this sweep is confirmatory, beside what its tables show."""
+    confirm_seeds: tuple[int, ...] = ()
+    """Seeds of the verdicts, where ``seeds`` only choose the learning rates. ``extra_baseline_seeds`` are such, too."""
     changes: tuple[str, ...] = ()
     """What was declared otherwise after the first submission, whose settings hold."""
 
@@ -85,7 +87,7 @@ class TrialResult:
 
 @dataclass(frozen=True)
 class ArmRow:
-    """One arm of a table. Losses are at its best learning rate, over its seeds."""
+    """One arm of a table. Losses are at its best learning rate, over its seeds, or over fresh ones that confirm it."""
 
     arm: str
     is_baseline: bool
@@ -129,7 +131,7 @@ class ArmRow:
     trials: tuple[str, ...]
     """Fingerprints of all the arm's trials in this table: what the choice of the learning rate saw."""
     trials_best: tuple[str, ...]
-    """Fingerprints at the best learning rate: what the means are taken over."""
+    """Fingerprints of what the means are taken over: trials at the best learning rate, or those that confirm it."""
     trials_complete: tuple[str, ...]
 
 

@@ -4,7 +4,8 @@
 """
 
 from orchestrator.search.divergence import DivergenceRule, Stop
+from orchestrator.search.points import PlannedCell
 from orchestrator.search.study import DivergencePruner, Search
 from orchestrator.search.study_mirror import MirrorError, StudyMirror
 
-__all__ = ["DivergencePruner", "DivergenceRule", "MirrorError", "Search", "Stop", "StudyMirror"]
+__all__ = ["DivergencePruner", "DivergenceRule", "MirrorError", "PlannedCell", "Search", "Stop", "StudyMirror"]

@@ -32,6 +32,7 @@ class StudyMirror:
         self._store, self._sweep_id, self._sweep_name, self._url = store, sweep_id, sweep_name, url
         self._lock = threading.Lock()
         self._study: optuna.study.Study | None = None
+        self._space: dict[str, BaseDistribution] = {}
         self._written: set[tuple[str, str, int]] = set()
 
     def update(self) -> int:
@@ -53,8 +54,9 @@ class StudyMirror:
         if all(_key(row) in self._written for row in finished):
             return 0
         space = distributions(rows)
-        study = self._study or self._open(space)
-        self._study = study
+        # Confirming trials bring seeds that the study did not know: then it is written anew.
+        study = self._open(space) if self._study is None or space != self._space else self._study
+        self._study, self._space = study, space
         missing = [row for row in finished if _key(row) not in self._written]
         for row in missing:
             study.add_trial(self._copy(row, space))

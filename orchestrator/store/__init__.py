@@ -24,14 +24,13 @@ from orchestrator.store.rows import (
     ValidationRow,
 )
 from orchestrator.store.schema import FINISHED, STATES
-from orchestrator.store.submission import SEED_KEYS
+from orchestrator.store.submission import find_choice, verdict_seeds
 
 __all__ = [
     "CANCEL_WANTED",
     "CAP_SET",
     "FINISHED",
     "HOST_EXCLUDED",
-    "SEED_KEYS",
     "STATES",
     "Added",
     "AttemptRow",
@@ -50,5 +49,7 @@ __all__ = [
     "TrialRow",
     "TrialTaken",
     "ValidationRow",
+    "find_choice",
     "mean_or_none",
+    "verdict_seeds",
 ]

@@ -20,7 +20,7 @@ from orchestrator.sweep import UserError
 if TYPE_CHECKING:
     import pandas as pd
 
-    from orchestrator.plan import Plan
+    from orchestrator.plan import Confirmation, Plan
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -61,6 +61,10 @@ class Store:
     def add(self, plan: Plan) -> Added:
         """Store a plan: known trials are kept, missing ones wait, those no longer planned are not current."""
         return self._write(submission.add_plan, plan)
+
+    def choose(self, sweep_id: int, confirmation: Confirmation, lr: float) -> float:
+        """Add an arm's confirming trials at ``lr``, or at the rate that the same trials chose before; returns it."""
+        return self._write(submission.choose, sweep_id, confirmation, lr)
 
     def sweeps(self) -> list[SweepRow]:
         return self._read(reader.sweeps)

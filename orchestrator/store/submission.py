@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from orchestrator.store import schema
 from orchestrator.store.rows import Added
 
 if TYPE_CHECKING:
-    from orchestrator.plan import Plan, PlannedTrial
+    from orchestrator.plan import Confirmation, Plan, PlannedTrial
     from orchestrator.sweep import Sweep
 
 
@@ -52,8 +52,84 @@ def add_plan(connection: Connection, plan: Plan) -> Added:
     # Sorted, so that two submissions that share trials lock them in one order.
     rows = [_trial_values(planned) for planned in sorted(new, key=lambda planned: planned.fingerprint)]
     insert_missing(connection, schema.trial, rows)
-    _link(connection, sweep_id, plan.trials)
+    chosen = _still_chosen(connection, sweep_id, plan.confirmations)
+    confirming = [trial for confirmation, lr in chosen for trial in confirmation.by_lr[lr]]
+    _link(connection, sweep_id, [*plan.trials, *confirming])
     return Added(sweep_id=sweep_id, num_new=len(new), num_known=len(fingerprints) - len(new))
+
+
+def choose(connection: Connection, sweep_id: int, confirmation: Confirmation, lr: float) -> float:
+    """Note an arm's learning rate and add its confirming trials; a choice made before on the same trials holds.
+
+    Kept in ``verdict`` under ``chosen``, oldest first: the rate, the trials that chose it, those that confirm it, and
+    which of these were ``seen``: had run before the choice, so that they are no fresh data.
+    """
+    query = select(schema.sweep.c.verdict).where(schema.sweep.c.id == sweep_id).with_for_update()
+    earlier = find_choice(connection.scalars(query).one(), confirmation)
+    lr = lr if earlier is None else earlier["lr"]
+    _confirm(connection, sweep_id, confirmation, lr)
+    rows = [_link_values(sweep_id, planned) for planned in confirmation.by_lr[lr]]
+    for row in rows:
+        insert_missing(connection, schema.sweep_trial, [row])
+        link = schema.sweep_trial
+        here = (link.c.sweep_id == sweep_id, link.c.fingerprint == row["fingerprint"])
+        connection.execute(update(link).where(*here).values(**row))
+    if earlier is None:
+        said = f"{confirmation.arm}: learning rate {lr:g} chosen by {len(confirmation.selection)} trials"
+        add_event(connection, sweep_id, "learning_rate_chosen", said)
+    return lr
+
+
+def find_choice(verdict: Mapping[str, Any], confirmation: Confirmation) -> dict[str, Any] | None:
+    """The choice that these very trials made, if they did."""
+    wanted = (confirmation.arm, list(confirmation.selection))
+    found = [one for one in verdict.get("chosen", ()) if (one["arm"], one["selection"]) == wanted]
+    return found[-1] if found and found[-1]["lr"] in confirmation.by_lr else None
+
+
+def _still_chosen(
+    connection: Connection, sweep_id: int, confirmations: Sequence[Confirmation]
+) -> list[tuple[Confirmation, float]]:
+    """Choices that a new submission leaves as they are; with more confirming seeds, their trials are added."""
+    found = []
+    for confirmation in confirmations:
+        verdict = connection.scalars(select(schema.sweep.c.verdict).where(schema.sweep.c.id == sweep_id)).one()
+        choice = find_choice(verdict, confirmation)
+        if choice is not None:
+            _confirm(connection, sweep_id, confirmation, choice["lr"])
+            found.append((confirmation, choice["lr"]))
+    return found
+
+
+def _confirm(connection: Connection, sweep_id: int, confirmation: Confirmation, lr: float) -> None:
+    """The trials of one rate into the table of trials, and into the sweep's note of its choices."""
+    trials = confirmation.by_lr[lr]
+    fingerprints = [trial.fingerprint for trial in trials]
+    states = select(schema.trial.c.fingerprint).where(
+        schema.trial.c.fingerprint.in_(fingerprints), schema.trial.c.state != schema.WAITING
+    )
+    begun = set(connection.scalars(states))
+    rows = [_trial_values(planned) for planned in sorted(trials, key=lambda planned: planned.fingerprint)]
+    insert_missing(connection, schema.trial, rows)
+    verdict = connection.scalars(select(schema.sweep.c.verdict).where(schema.sweep.c.id == sweep_id)).one()
+    chosen: list[dict[str, Any]] = verdict.get("chosen", [])
+    ours = {one for choice in chosen for one in choice["confirming"]}
+    seen = {one for choice in chosen for one in choice["seen"]}
+    now = {
+        "arm": confirmation.arm,
+        "axes": confirmation.axes,
+        "lr": lr,
+        "selection": list(confirmation.selection),
+        "confirming": fingerprints,
+        "seen": [one for one in fingerprints if one in seen or (one in begun and one not in ours)],
+    }
+    if chosen and now in chosen:
+        return
+    # More seeds of the same choice replace its note; another choice is added to it.
+    same = [one for one in chosen if all(one[key] == now[key] for key in ("arm", "lr", "selection"))]
+    kept = [one for one in chosen if one not in same]
+    verdict = {**verdict, "chosen": [*kept, now]}
+    connection.execute(update(schema.sweep).where(schema.sweep.c.id == sweep_id).values(verdict=verdict))
 
 
 def _put_sweep(connection: Connection, sweep: Sweep) -> int:
@@ -87,8 +163,15 @@ def _put_sweep(connection: Connection, sweep: Sweep) -> int:
     return sweep_id
 
 
-SEED_KEYS = ("seeds", "extra_baseline_seeds")
-"""The settings that say which seeds a verdict is made of: a change of theirs is another look."""
+def verdict_seeds(settings: Mapping[str, Any]) -> dict[str, list[int]]:
+    """Which seeds a verdict is made of: a change of theirs is another look.
+
+    ``select`` are there only when other seeds chose the learning rates.
+    """
+    confirming = settings.get("confirm_seeds")
+    seeds = {"seeds": list(confirming or settings.get("seeds") or ())}
+    seeds["extra_baseline_seeds"] = list(settings.get("extra_baseline_seeds") or ())
+    return {**seeds, "select": list(settings["seeds"])} if confirming else seeds
 
 
 def _with_look(
@@ -100,9 +183,9 @@ def _with_look(
     settings: dict[str, Any],
 ) -> dict[str, Any]:
     """``verdict`` with the seeds of the last submission added to its ``looks_taken``, if a verdict could be read."""
-    seeds = {key: list(before.get(key) or ()) for key in SEED_KEYS}
+    seeds = verdict_seeds(before)
     taken = verdict.get("looks_taken", [])
-    if seeds == {key: list(settings[key]) for key in SEED_KEYS} or seeds in taken:
+    if seeds == verdict_seeds(settings) or seeds in taken:
         return verdict
     visible = _arms_with_a_whole_cell(connection, sweep_id, set(seeds["seeds"]))
     if baseline not in visible or len(visible) < 2:

@@ -119,7 +119,7 @@ def _cells(tree: dict[str, Any], problems: Problems) -> dict[str, Any]:
         "zip": zipped,
         "rows": rows,
         "exclude": exclude,
-        "seeds": _seeds(tree.get("seeds", [1]), problems),
+        **_all_seeds(tree.get("seeds", [1]), problems, "train.lr" in varied),
     }
 
 
@@ -139,9 +139,25 @@ def _arms(node: object, problems: Problems) -> dict[str, dict[str, Any]]:
     return arms
 
 
-def _seeds(node: object, problems: Problems) -> tuple[int, ...]:
+def _all_seeds(node: object, problems: Problems, rates_vary: bool) -> dict[str, tuple[int, ...]]:
+    """``[1, 2]``, or ``{select: [1, 2], confirm: [3, 4, 5]}``."""
+    if not isinstance(node, dict):
+        return {"seeds": _seeds(node, ("seeds",), problems)}
+    if set(node) != {"select", "confirm"}:
+        problems.add(("seeds",), f"got the keys {', '.join(node) or '(none)'}; allowed: select and confirm, or a list")
+        return {"seeds": ()}
+    select, confirm = (_seeds(node[key], ("seeds", key), problems) for key in ("select", "confirm"))
+    if both := sorted({*select} & {*confirm}):
+        said = f"got {', '.join(map(str, both))} also in select; allowed: fresh seeds, that chose no learning rate"
+        problems.add(("seeds", "confirm"), said)
+    if not rates_vary:
+        problems.add(("seeds",), "select and confirm choose a learning rate, and train.lr is on no axis; give a list")
+    return {"seeds": select, "confirm_seeds": confirm}
+
+
+def _seeds(node: object, path: DocumentPath, problems: Problems) -> tuple[int, ...]:
     if not isinstance(node, list) or not node:
-        problems.add(("seeds",), f"got {describe(node)}; allowed: a list of whole numbers, such as [1, 2]")
+        problems.add(path, f"got {describe(node)}; allowed: a list of whole numbers, such as [1, 2]")
         return ()
     seed_field = known_field(Seed)
     seeds: list[int] = []
@@ -149,18 +165,19 @@ def _seeds(node: object, problems: Problems) -> tuple[int, ...]:
         try:
             seed = check_value(seed_field, value)
         except ValueError as error:
-            problems.add(("seeds", index), str(error))
+            problems.add((*path, index), str(error))
             continue
         assert isinstance(seed, int)
         if seed in seeds:
-            problems.add(("seeds", index), f"got {seed} twice; allowed: every seed once")
+            problems.add((*path, index), f"got {seed} twice; allowed: every seed once")
         seeds.append(seed)
     return tuple(seeds)
 
 
 def _extra_baseline_seeds(values: dict[str, Any], problems: Problems) -> tuple[int, ...]:
     """The smallest whole numbers from 1 that are no seed yet: with more seeds the baseline's only ever grow."""
-    seeds, declared = values["seeds"], values.get("baseline_seeds")
+    confirming: tuple[int, ...] = values.get("confirm_seeds", ())
+    seeds, declared = confirming or values["seeds"], values.get("baseline_seeds")
     paired = values.get("verdict", VerdictConfig()).paired
     others = len(values["arms"]) - 1
     # A single seed makes no verdict, and two for the baseline would not change that.
@@ -170,7 +187,7 @@ def _extra_baseline_seeds(values: dict[str, Any], problems: Problems) -> tuple[i
         problems.add(("baseline_seeds",), f"got {wanted}; allowed: at least the {len(seeds)} of every arm")
     if paired and wanted > len(seeds):
         problems.add(("baseline_seeds",), f"got {wanted}; allowed with verdict.paired: {len(seeds)}, as a pair has two")
-    unused = (seed for seed in itertools.count(1) if seed not in seeds)
+    unused = (seed for seed in itertools.count(1) if seed not in seeds and seed not in values["seeds"])
     return tuple(itertools.islice(unused, max(0, wanted - len(seeds))))
 
 

@@ -227,7 +227,7 @@ class Settings(Frozen):
     """Draws the order of the trials within a block."""
     baseline_seeds: Count | None = None
     """Seeds of the baseline; None: sqrt(other arms) times those of an arm, rounded; as many when paired, or when an
-    arm has a single one."""
+    arm has a single one. Confirming ones, where there are some."""
     verdict: VerdictConfig = VerdictConfig()
     prune: PruneConfig = PruneConfig()
     resources: ResourcesConfig = ResourcesConfig()
@@ -250,8 +250,11 @@ class Sweep(Settings):
     exclude: tuple[dict[str, Any], ...] = ()
     seeds: tuple[Seed, ...]
     """Every cell runs once a seed."""
+    confirm_seeds: tuple[Seed, ...] = ()
+    """Those of the verdicts, at each arm's best learning rate, which ``seeds`` only choose. Without any, ``seeds`` do
+    both."""
     extra_baseline_seeds: tuple[Seed, ...] = ()
-    """More seeds for the cells of the baseline, which every verdict of the sweep leans on."""
+    """More seeds for the baseline, which every verdict of the sweep leans on: for all its cells, or confirming ones."""
     text: str = ""
     """The file as it was read."""
     overrides: tuple[str, ...] = ()
