@@ -158,6 +158,21 @@ def test_enough_seeds_of_a_large_effect_are_a_verdict():
     assert row_of(quickstart(seeds), "g1-elementwise", seeds=seeds).decision == "better"
 
 
+def test_the_optimum_between_the_rates_and_the_chance_to_diverge_are_below_the_table():
+    rng, trials = random.Random(1), []
+    for arm in ("baseline", "g1"):
+        for lr in (1e-3, 2e-3, 4e-3, 8e-3):
+            loss = 2.0 + 0.1 * math.log(lr / 3e-3) ** 2
+            trials += [trial(arm, lr, seed, loss + rng.gauss(0, 0.001)) for seed in (1, 2)]
+        trials += [trial(arm, 1.0, 1), trial(arm, 1.0, 2)]
+    table = table_of(trials, arms=("baseline", "g1"))
+    assert [row.optimum.lr for row in table.rows] == pytest.approx([3e-3, 3e-3], rel=0.03)
+    assert all(row.optimum.low < row.optimum.lr < row.optimum.high for row in table.rows)
+    said = r"0\.01 nats of it in braces: baseline 3\S*e-3 \[\S*e-3, 3\S*e-3\] \{2.*e-3 to 4.*e-3\}; g1 3"
+    assert re.search(said, note(table, "optimum"))
+    assert note(table, "chance to diverge").endswith("baseline at 1 2 of 2 [0.16, 1.00], g1 at 1 2 of 2 [0.16, 1.00]")
+
+
 # Crashes
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from orchestrator.report.figures import lr_text, plural, states_text
 from orchestrator.report.tree import STATES, UNFINISHED, ArmRow, Split, SweepHeading, TrialResult
+from orchestrator.scaling import Optimum
 from orchestrator.verdict import Comparison, spent
 
 EXPLORATORY_MARK = "*"
@@ -29,7 +30,9 @@ def footnotes(
         _confirmed(heading, rows),
         _exploratory(rows, exploratory),
         *_edges(rows),
+        _optima(heading, rows),
         _diverged(trials),
+        _chance(rows),
         _pruned(rows),
         _incomplete(rows, trials),
         _unfinished(trials),
@@ -121,6 +124,39 @@ def _edges(rows: Sequence[ArmRow]) -> Iterable[str]:
         named = ", ".join(f"{row.arm} {lr_text(row.best_lr)}" for row in rows if row.edge == edge)
         if named:
             yield f"edge of the grid: the best learning rate is the {edge} tried, the optimum may be {beyond}: {named}"
+
+
+def _optima(heading: SweepHeading, rows: Sequence[ArmRow]) -> str:
+    named = [f"{row.arm} {_optimum(row.optimum)}" for row in rows if row.optimum is not None]
+    if not named:
+        return ""
+    width = "" if heading.margin_nats is None else f"; within {heading.margin_nats:g} nats of it in braces"
+    return f"optimum of a parabola in log LR [95 % by Fieller]{width}: {'; '.join(named)}"
+
+
+def _optimum(found: Optimum) -> str:
+    ends = [lr_text(float(f"{end:.3g}")) for end in (found.low, found.high) if end is not None]
+    said = ", ".join(ends) or "unbounded"
+    text = f"{lr_text(float(f'{found.lr:.3g}'))} [{said}]"
+    if found.tolerance is None:
+        return text
+    low, high = (lr_text(float(f"{end:.3g}")) for end in found.tolerance)
+    below, above = ("or less" if found.tolerance_open[0] else ""), ("or more" if found.tolerance_open[1] else "")
+    return f"{text} {{{f'{low} {below}'.strip()} to {f'{high} {above}'.strip()}}}"
+
+
+def _chance(rows: Sequence[ArmRow]) -> str:
+    named = [
+        f"{row.arm} at {lr_text(row.diverged_lr)} {row.diverged_lr_num_diverged} of {row.diverged_lr_num_seeds} "
+        f"[{row.diverged_lr_low:.2f}, {row.diverged_lr_high:.2f}]"
+        for row in rows
+        if row.diverged_lr_low is not None
+    ]
+    return (
+        f"chance to diverge at the smallest rate that did [95 %, Clopper and Pearson]: {', '.join(named)}"
+        if named
+        else ""
+    )
 
 
 def _diverged(trials: Sequence[TrialResult]) -> str:

@@ -37,9 +37,12 @@ _FORMULAS = {
     "best_lr": (scaling.FORMULA_VERSION, "trials"),
     "edge": (scaling.FORMULA_VERSION, "trials"),
     "num_finite_lrs": (scaling.FORMULA_VERSION, "trials"),
+    "optimum": (scaling.OPTIMUM_VERSION, "table"),
     "diverged_lr": (scaling.FORMULA_VERSION, "trials"),
     "diverged_lr_num_diverged": (scaling.FORMULA_VERSION, "trials"),
     "diverged_lr_num_seeds": (scaling.FORMULA_VERSION, "trials"),
+    "diverged_lr_low": (scaling.FORMULA_VERSION, "trials"),
+    "diverged_lr_high": (scaling.FORMULA_VERSION, "trials"),
     "loss_nats": (MEANS_VERSION, "trials_best"),
     "loss_sd_nats": (MEANS_VERSION, "trials_best"),
     "bits_per_byte": (MEANS_VERSION, "trials_best"),
@@ -107,9 +110,13 @@ def _json_row(table: VerdictTable, row: ArmRow) -> dict[str, Any]:
     }
     given = {name: getattr(row, name) for name in _GIVEN}
     derived = {
-        name: derived_value(getattr(row, name), formula, inputs[which]) for name, (formula, which) in _FORMULAS.items()
+        name: derived_value(_plain(row, name), formula, inputs[which]) for name, (formula, which) in _FORMULAS.items()
     }
     return {**given, "counts": dict(row.counts), **derived}
+
+
+def _plain(row: ArmRow, name: str) -> object:
+    return asdict(row.optimum) if name == "optimum" and row.optimum is not None else getattr(row, name)
 
 
 def derived_value(value: object, formula: str, trials: tuple[str, ...]) -> dict[str, Any]:
@@ -130,7 +137,7 @@ def to_csv(results: Results) -> str:
     for table in results.tables:
         for row in table.rows:
             counts = {f"num_{state.lower()}": row.counts.get(state, 0) for state in STATES}
-            own = {name: getattr(row, name) for name in fields}
+            own = {name: _plain(row, name) for name in fields}
             line = {"sweep": results.sweep, **dict(table.axes), **own, **counts, "validation_split": results.split}
             writer.writerow({name: _csv_field(value) for name, value in line.items()})
     return stream.getvalue()

@@ -27,7 +27,13 @@ from orchestrator.report.tree import (
     TrialResult,
     VerdictTable,
 )
-from orchestrator.scaling import BestLearningRate, CellResult, best_learning_rate
+from orchestrator.scaling import (
+    BestLearningRate,
+    CellResult,
+    best_learning_rate,
+    fit_optimum,
+    pooled_variance,
+)
 from orchestrator.verdict import Sample, Verdict, compare
 
 
@@ -124,9 +130,17 @@ def _table(
     )
     chosen = not heading.confirm_seeds and any(arm.learning_rate.num_finite > 1 for arm in arms)
     reasons = (*((LR_REASON,) if chosen else ()), *heading.exploratory)
+    noise = pooled_variance([arm.learning_rate for arm in arms])
     rows = _ranked(
         [
-            (_row(arm, judged, split, arm.name == heading.baseline, bool(reasons)), arm.is_whole)
+            (
+                replace(
+                    _row(arm, judged, split, bool(reasons)),
+                    is_baseline=arm.name == heading.baseline,
+                    optimum=fit_optimum(arm.learning_rate, *noise, heading.margin_nats),
+                ),
+                arm.is_whole,
+            )
             for arm, judged in zip(arms, comparison.verdicts, strict=True)
         ]
     )
@@ -214,17 +228,18 @@ def _problem(arm: _Arm) -> str:
     return f"no learning rate has all its seeds complete{yet}"
 
 
-def _row(arm: _Arm, judged: Verdict, split: Split, is_baseline: bool, exploratory: bool) -> ArmRow:
+def _row(arm: _Arm, judged: Verdict, split: Split, exploratory: bool) -> ArmRow:
     rate, complete = arm.learning_rate, [trial for trial in arm.trials if trial.state == "COMPLETE"]
-    diverged = rate.smallest_diverged
+    diverged, chance = rate.smallest_diverged, rate.diverged_interval
     shown = arm.at_best or arm.trials
     return ArmRow(
         arm=arm.name,
-        is_baseline=is_baseline,
+        is_baseline=False,
         rank=None,
         best_lr=arm.best_lr,
         edge=rate.edge,
         num_finite_lrs=rate.num_finite,
+        optimum=None,
         losses_nats=arm.losses_nats,
         loss_nats=judged.mean_nats,
         loss_sd_nats=judged.sd_nats,
@@ -248,6 +263,8 @@ def _row(arm: _Arm, judged: Verdict, split: Split, is_baseline: bool, explorator
         diverged_lr=None if diverged is None else diverged.lr,
         diverged_lr_num_diverged=0 if diverged is None else diverged.num_diverged,
         diverged_lr_num_seeds=0 if diverged is None else diverged.num_seeds,
+        diverged_lr_low=None if chance is None else chance[0],
+        diverged_lr_high=None if chance is None else chance[1],
         trials=tuple(trial.fingerprint for trial in arm.trials),
         trials_best=tuple(trial.fingerprint for trial in arm.at_best),
         trials_complete=tuple(trial.fingerprint for trial in complete),

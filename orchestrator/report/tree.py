@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from orchestrator.scaling import Edge
+from orchestrator.scaling import Edge, Optimum
 from orchestrator.verdict import Decision, Design, Method, NoiseFloor
 
 LR_AXIS = "train.lr"
@@ -96,6 +96,8 @@ class ArmRow:
     best_lr: float | None
     edge: Edge | None
     num_finite_lrs: int
+    optimum: Optimum | None
+    """Between the rates that were tried, of the trials that choose; None below four rates with a mean."""
     losses_nats: tuple[float, ...]
     loss_nats: float | None
     loss_sd_nats: float | None
@@ -127,7 +129,10 @@ class ArmRow:
     diverged_lr_num_diverged: int
     """... how many did there ..."""
     diverged_lr_num_seeds: int
-    """... of how many."""
+    """... of how many ..."""
+    diverged_lr_low: float | None
+    """... and the 95 % interval of the chance, 0 to 1."""
+    diverged_lr_high: float | None
     trials: tuple[str, ...]
     """Fingerprints of all the arm's trials in this table: what the choice of the learning rate saw."""
     trials_best: tuple[str, ...]

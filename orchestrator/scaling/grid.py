@@ -3,7 +3,7 @@
 The surprise: a learning rate at which any seed diverged, failed or is missing has no mean, so it cannot be the
 best one. Its finished seeds are the lucky ones, and an average over them would flatter the arm.
 
-This version takes the best of the grid (it interpolates nothing), so its answer is one of the rates that were tried.
+The best of the grid is one of the rates that were tried, which can be confirmed; ``optimum`` looks between them.
 """
 
 from __future__ import annotations
@@ -62,6 +62,19 @@ class BestLearningRate:
     edge: Edge | None
     """Alarm: nothing lower, or nothing higher, gave a result, so the optimum may lie outside the grid."""
     smallest_diverged: LearningRatePoint | None
+
+    @property
+    def diverged_interval(self) -> tuple[float, float] | None:
+        """95 % interval of Clopper and Pearson (Biometrika 26, 1934) for the chance that a seed diverges at
+        ``smallest_diverged``, of the seeds that ended there."""
+        point = self.smallest_diverged
+        if point is None:
+            return None
+        from scipy.stats import binomtest
+
+        ended = point.num_complete + point.num_diverged
+        interval = binomtest(point.num_diverged, ended).proportion_ci(0.95, method="exact")
+        return float(interval.low), float(interval.high)
 
     @property
     def num_finite(self) -> int:
