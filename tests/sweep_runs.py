@@ -40,6 +40,7 @@ arms:
   g1: {gate: {position: sdpa}}
 seeds: [1]
 checkpoint: {every_steps: 5}
+controls: []
 """
 """20 steps a trial, in well under a second."""
 

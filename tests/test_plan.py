@@ -31,6 +31,7 @@ arms:
   none: {}
   g1: {gate: {position: sdpa}}
 seeds: [1, 2]
+controls: []
 """
 CORPUS = '{"text": "one"}\n{"text": "two"}\n'
 
@@ -407,6 +408,7 @@ arms:
   elementwise: {gate: {position: sdpa}}
 match: parameters
 seeds: [1]
+controls: []
 """
 
 

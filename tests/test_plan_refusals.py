@@ -21,6 +21,7 @@ arms:
   none: {}
   g1: {gate: {position: sdpa}}
 seeds: [1, 2]
+controls: []
 """
 CORPUS = '{"text": "one"}\n{"text": "two"}\n'
 
@@ -182,24 +183,24 @@ WHOLE = [
     (arm("{model: {moe: {num_experts: 4, top_k: 5}}}"), "x.yaml:10:45: arms.g1.model.moe.top_k: top_k 5 must not exceed num_experts 4"),
     (arm("{model: {moe: {num_experts: 4}}}"), "x.yaml:10:16: arms.g1.model.moe: missing key top_k; allowed: a whole number of at least 1"),
     (arm("{model: {moe: {}}}"), "x.yaml:10:21: arms.g1.model.moe: got an empty mapping; allowed: a mapping with at least one key, or null for none"),
-    (SMALL + "axes: {model.moe.top_k: [1, 2]}", "x.yaml:12:26: axes.model.moe.top_k[0]: sets a part of model.moe, but arm none lacks model.moe.num_experts"),
+    (SMALL + "axes: {model.moe.top_k: [1, 2]}", "x.yaml:13:26: axes.model.moe.top_k[0]: sets a part of model.moe, but arm none lacks model.moe.num_experts"),
     (SMALL + "axes: {model.moe: [1, 2]}", "axes.model.moe: model.moe is a section; allowed: one of its fields: model.moe.num_experts"),
     (arm("{model: {head_dim: 15}}"), "arms.g1.model.head_dim: head_dim 15 must be even"),
     (arm("{gate: {position: sdpa, qk_order: before_norm}}"), "arms.g1.gate.qk_order: qk_order before_norm is for positions key and query, not sdpa"),
     (SMALL.replace("batch_tokens: 2048", "batch_tokens: 2000"), "x.yaml:6:39: base.train.batch_tokens: train.batch_tokens 2,000 must be a multiple of data.sequence_length 256"),
-    (SMALL + "axes: {train.batch_tokens: [2048, 2000]}", "x.yaml:12:35: axes.train.batch_tokens[1]: train.batch_tokens 2,000 must be a multiple"),
-    (SMALL + "rows: [{train.batch_tokens: 2000}]", "x.yaml:12:29: rows[0].train.batch_tokens: train.batch_tokens 2,000 must be"),
+    (SMALL + "axes: {train.batch_tokens: [2048, 2000]}", "x.yaml:13:35: axes.train.batch_tokens[1]: train.batch_tokens 2,000 must be a multiple"),
+    (SMALL + "rows: [{train.batch_tokens: 2000}]", "x.yaml:13:29: rows[0].train.batch_tokens: train.batch_tokens 2,000 must be"),
     (SMALL + "zip: [{train.batch_tokens: [2048, 2000], train.lr: [1, 2]}]", "zip[0].train.batch_tokens[1]: train.batch_tokens 2,000 must be"),
     (SMALL.replace(", lr: 1e-3", ""), "x.yaml:6:3: base.train: missing key lr; allowed: a number above 0"),
     (SMALL.replace("  model: {preset: cpu-tiny}\n", ""), "x.yaml:3:1: base: missing key model; set it in base, an arm or an axis"),
     (SMALL.replace("preset: cpu-tiny", "num_layers: 2"), "x.yaml:4:3: base.model: missing key hidden_size; allowed: a whole number of at least 1"),
-    (SMALL + "axes: {gate.scale: [0.5, 2]}", "x.yaml:12:21: axes.gate.scale[0]: sets a part of gate, but arm none lacks gate.position (arm none)"),
+    (SMALL + "axes: {gate.scale: [0.5, 2]}", "x.yaml:13:21: axes.gate.scale[0]: sets a part of gate, but arm none lacks gate.position (arm none)"),
     (SMALL.replace("lr: 1e-3", "lr: {of: train.epsilon, times: 2}, epsilon: {of: train.lr, times: 2}"), "derived values in a circle: train.lr -> train.epsilon -> train.lr"),
     (SMALL.replace("tokens: 8192", "tokens: {of: train.lr, times: 3}"), "x.yaml:6:19: base.train.tokens: 3 times train.lr 0.001: got 0.003; allowed: a whole number of at least 1"),
     (SMALL.replace("lr: 1e-3", "lr: {of: gate.scale, times: 1}").replace("none: {}", "none: {gate: {position: key}}").replace("{gate: {position: sdpa}}", "{}"), "x.yaml:6:49: base.train.lr: is a multiple of gate.scale, which has no value here (arm g1)"),
     (SMALL.replace("lr: 1e-3", "lr: {of: train.min_lr_fraction, times: -1}"), "-1 times train.min_lr_fraction 0.1: got -0.1; allowed: a number above 0"),
     (SMALL + "axes: {train.lr: [1, 2]}\nexclude: [{arm: g1, train.lr: 1}, {arm: g1, train.lr: 1}, {train.lr: 2}]", "x.yaml:10:3: arms.g1: exclude drops every cell of this arm"),
-    (SMALL + "axes: {train.lr: [1, 2], train.beta1: [0.8, 0.9]}\nexclude: [{train.lr: 1, train.beta1: 0.8}]\nrows: [{train.lr: 1, train.beta1: 0.9}]", "x.yaml:14:8: rows[0]: none (train.lr=1.0, train.beta1=0.9) is the same trial as none (train.lr=1.0, train.beta1=0.9); allowed: cells that differ"),
+    (SMALL + "axes: {train.lr: [1, 2], train.beta1: [0.8, 0.9]}\nexclude: [{train.lr: 1, train.beta1: 0.8}]\nrows: [{train.lr: 1, train.beta1: 0.9}]", "x.yaml:15:8: rows[0]: none (train.lr=1.0, train.beta1=0.9) is the same trial as none (train.lr=1.0, train.beta1=0.9); allowed: cells that differ"),
     (arm("{}"), "x.yaml:10:3: arms.g1: g1 is the same trial as none; allowed: cells that differ"),
     (arm("{model: {ffn_size: 192}}"), "arms.g1: g1 is the same trial as none"),
 ]  # fmt: skip
@@ -212,7 +213,7 @@ def test_a_mistake_of_the_whole_is_told_at_the_value_that_made_it(refused, text,
 
 def test_an_exclude_entry_that_matches_nothing_is_a_mistake(refused):
     text = SMALL + "axes: {train.lr: [1, 2], train.beta1: [0.8, 0.9]}\nrows: [{train.lr: 3}]\n"
-    refused(text + "exclude: [{train.lr: 3, train.beta1: 0.8}]\n", said="x.yaml:14:11: exclude[0]: matches no cell")
+    refused(text + "exclude: [{train.lr: 3, train.beta1: 0.8}]\n", said="x.yaml:15:11: exclude[0]: matches no cell")
 
 
 def test_the_same_mistake_in_many_cells_is_told_once(refused):

@@ -529,6 +529,7 @@ match: parameters
 axes: {train.lr: [1e-3, 1.0]}
 seeds: [1, 2]
 verdict: {margin: 0.01}
+controls: []
 """
 
 

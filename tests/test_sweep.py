@@ -26,6 +26,7 @@ arms:
 axes:
   train.lr: [1e-3, 4e-3]
 seeds: [1, 2]
+controls: []
 """
 
 
@@ -217,16 +218,16 @@ def test_a_wrong_value_gives_the_place_what_was_got_and_what_is_allowed(old, new
 
 
 CELLS = [
-    ("zip: [{train.tokens: [1, 2], train.beta1: [0.9]}]", "x.yaml:15:7: zip[0]: zipped axes must be of one length; train.tokens has 2, train.beta1 has 1"),
+    ("zip: [{train.tokens: [1, 2], train.beta1: [0.9]}]", "x.yaml:16:7: zip[0]: zipped axes must be of one length; train.tokens has 2, train.beta1 has 1"),
     ("zip: [{train.lr: [1, 2]}]", "zip[0].train.lr: varies already in axes; allowed: one place"),
     ("zip: [{train.beta1: [0.9]}, {train.beta1: [0.8]}]", "zip[1].train.beta1: varies already in zip[0]"),
     ("zip: [{train.beta1: [0.9, 0.9], train.beta2: [0.9, 0.9]}]", "zip[0]: the same values twice: train.beta1 0.9, train.beta2 0.9"),
-    ("zip: [3]", "x.yaml:15:7: zip[0]: got 3; allowed: a mapping of config paths"),
-    ("zip: {train.beta1: [1]}", "x.yaml:15:6: zip: got a mapping; allowed: a list of mappings"),
-    ("rows: [{train.lr: abc}]", "x.yaml:15:19: rows[0].train.lr: got 'abc'; allowed: a number above 0"),
+    ("zip: [3]", "x.yaml:16:7: zip[0]: got 3; allowed: a mapping of config paths"),
+    ("zip: {train.beta1: [1]}", "x.yaml:16:6: zip: got a mapping; allowed: a list of mappings"),
+    ("rows: [{train.lr: abc}]", "x.yaml:16:19: rows[0].train.lr: got 'abc'; allowed: a number above 0"),
     ("rows: [{}]", "rows[0]: got an empty mapping; allowed: a mapping of config paths to values"),
     ("rows: [{train.lrr: 1}]", "rows[0].train.lrr: unknown config path 'train.lrr'"),
-    ("exclude: [{arm: g2}]", "x.yaml:15:17: exclude[0].arm: got 'g2'; allowed: baseline, g1"),
+    ("exclude: [{arm: g2}]", "x.yaml:16:17: exclude[0].arm: got 'g2'; allowed: baseline, g1"),
     ("exclude: [{train.beta1: 0.5}]", "exclude[0].train.beta1: not an axis of this sweep; allowed: arm, train.lr"),
     ("exclude: [{train.lr: x}]", "exclude[0].train.lr: got 'x'; allowed: a number above 0"),
     ("exclude: [{}]", "exclude[0]: got an empty mapping; allowed: a mapping with keys among arm and the sweep's axes"),
@@ -405,7 +406,7 @@ def test_with_more_seeds_the_baselines_only_ever_grow():
 
 def test_baseline_seeds_and_verdict_methods_that_contradict_are_refused():
     refused(
-        GOOD + "baseline_seeds: 1\n", said="x.yaml:15:17: baseline_seeds: got 1; allowed: at least the 2 of every arm"
+        GOOD + "baseline_seeds: 1\n", said="x.yaml:16:17: baseline_seeds: got 1; allowed: at least the 2 of every arm"
     )
     paired = GOOD + "verdict: {paired: true}\n"
     refused(paired, "baseline_seeds=3", said="got 3; allowed with verdict.paired: 2, as a pair has two")

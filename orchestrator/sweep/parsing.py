@@ -60,6 +60,7 @@ def parse(text: str, path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
     values = _settings(tree, problems)
     values |= _cells(tree, problems)
     problems.raise_if_any()
+    values["arms"] = _with_controls(values)
     values["extra_baseline_seeds"] = _extra_baseline_seeds(values, problems)
     problems.raise_if_any()
     sweep = Sweep(**values, text=text, overrides=tuple(overrides), path=os.path.abspath(path))
@@ -137,6 +138,26 @@ def _arms(node: object, problems: Problems) -> dict[str, dict[str, Any]]:
             problems.add(path, f"the arm's name: {error}", on_key=True)
         arms[name] = check_section(config_section(), {} if content is None else content, path, problems, derived=True)
     return arms
+
+
+HALF_SCALE = {"gate": {"position": "sdpa", "input": "constant", "scale": 0.5}}
+
+
+def _with_controls(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The arms, and the half-scale control behind them in a gate sweep: one with gated arms and an ungated baseline.
+
+    Where ``base``, the baseline or an axis has gates there is no ungated twin to halve; and a sweep that has the
+    control itself, by name or by what it sets, keeps its own.
+    """
+    arms: dict[str, dict[str, Any]] = values["arms"]
+    gated = [name for name, content in arms.items() if content.get("gate") or content.get("more_gates")]
+    varied = [*values["axes"], *(name for part in (*values["zip"], *values["rows"]) for name in part)]
+    has_gates = values["base"].get("gate") or values["base"].get("more_gates") or values["baseline"] in gated
+    has_gates = has_gates or any(name.startswith("gate.") or name == "more_gates" for name in varied)
+    its_own = "half-scale" in arms or HALF_SCALE in arms.values()
+    if "half-scale" not in values.get("controls", ("half-scale",)) or not gated or has_gates or its_own:
+        return arms
+    return {**arms, "half-scale": {**arms[values["baseline"]], **HALF_SCALE}}
 
 
 def _all_seeds(node: object, problems: Problems, rates_vary: bool) -> dict[str, tuple[int, ...]]:

@@ -228,6 +228,11 @@ class Settings(Frozen):
     baseline_seeds: Count | None = None
     """Seeds of the baseline; None: sqrt(other arms) times those of an arm, rounded; as many when paired, or when an
     arm has a single one. Confirming ones, where there are some."""
+    controls: Annotated[tuple[Literal["half-scale"], ...], BeforeValidator(_as_tuple)] = Field(
+        default=("half-scale",), description="[half-scale], or [] for none"
+    )
+    """Arms that join by themselves. ``half-scale``: the baseline with its attention output halved, as a fresh sigmoid
+    gate does, beside arms with gates."""
     verdict: VerdictConfig = VerdictConfig()
     prune: PruneConfig = PruneConfig()
     resources: ResourcesConfig = ResourcesConfig()
