@@ -512,6 +512,25 @@ def test_markdown_is_one_table_whose_cells_cannot_break_out():
     assert r"a\|b\_\*" in text
 
 
+def test_mixed_layouts_and_trials_that_changed_theirs_are_named():
+    trials = [replace(one, layouts=("data 2",)) for one in quickstart()]
+    assert note(table_of(trials), "mixed layouts") is None
+    trials = swap(trials, "g1-headwise", 4e-3, 1, layouts=("data 2", "one rank"))
+    said = note(table_of(trials), "mixed layouts")
+    assert "(1 trial resumed on another layout)" in said
+    assert "g1-headwise 1 on data 2 then one rank" in said
+
+
+def test_cells_with_holes_are_listed_with_all_their_states_by_arm_and_rate():
+    table = table_of(failed(quickstart(), "g1-headwise", 4e-3, 2, cause="error"))
+    assert note(table, "cells with holes") == "cells with holes: g1-headwise at LR 4e-3 1 complete, 1 failed"
+    states = {(cell.arm, cell.lr): dict(cell.counts) for cell in table.states}
+    assert len(states) == 12
+    assert states["g1-headwise", 4e-3] == {"COMPLETE": 1, "FAILED": 1}
+    assert states["baseline", 1.0] == {"DIVERGED": 2}
+    assert note(table_of(quickstart()), "cells with holes") is None
+
+
 # Plan and status
 
 SWEEP = """

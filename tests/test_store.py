@@ -371,3 +371,15 @@ def test_threads_read_while_another_one_writes(run: Run) -> None:
 
 def test_a_controllers_errors_are_of_one_kind() -> None:
     assert all(issubclass(error, StoreError) for error in (LeaseHeld, LeaseLost, TrialTaken, FinishedIsFinal))
+
+
+def test_layouts_are_those_of_attempts_that_a_trial_builds_on(run: Run):
+    assert run.store.layouts(run.sweep_id) == {}
+    run.end(run.start(), "WAITING")
+    assert run.store.layouts(run.sweep_id) == {run.fingerprint: (Layout(data=2),)}
+    for layout, resume_step in ((Layout(), 0), (Layout(), 5), (Layout(tensor=2), 10), (Layout(data=2), 10)):
+        attempt = run.store.start_attempt(
+            run.lease, run.fingerprint, layout=layout, provenance={}, resume_step=resume_step
+        )
+        run.end(attempt, "WAITING")
+    assert run.store.layouts(run.sweep_id) == {run.fingerprint: (Layout(), Layout(data=2))}

@@ -143,9 +143,7 @@ def expand(sweep: Sweep, *, files_may_be_absent: bool = False) -> Plan:
     _refuse_identical(sweep, runnable)
     _refuse_other_measures(sweep, runnable)
     trials = _in_order(sweep, runnable)
-    return Plan(
-        sweep, trials, tuple(refused), tuple(files.absent.values()), _confirmations(sweep, runnable, trials)
-    )
+    return Plan(sweep, trials, tuple(refused), tuple(files.absent.values()), _confirmations(sweep, runnable, trials))
 
 
 def _cells(sweep: Sweep, files: Files) -> list[_Cell]:

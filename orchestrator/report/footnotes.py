@@ -35,8 +35,10 @@ def footnotes(
         _chance(rows),
         _pruned(rows),
         _incomplete(rows, trials),
+        _holes(trials),
         _unfinished(trials),
         _reused(trials),
+        _layouts(trials),
         _backends(trials),
         _measure(heading, split, rows, trials),
     ]
@@ -186,6 +188,19 @@ def _incomplete(rows: Sequence[ArmRow], trials: Sequence[TrialResult]) -> str:
     return f"no rank, as cells are missing and perhaps not by chance: {'; '.join(named)}" if named else ""
 
 
+def _holes(trials: Sequence[TrialResult]) -> str:
+    """Cells in which something failed or was canceled, with all their states: which axis it hangs on shows here."""
+    cells: dict[tuple[float, str], Counter[str]] = {}
+    for trial in trials:
+        cells.setdefault((trial.lr, trial.arm), Counter())[trial.state] += 1
+    named = [
+        f"{arm} at LR {lr_text(lr)} {states_text({state: counts[state] for state in STATES if counts[state]})}"
+        for (lr, arm), counts in sorted(cells.items())
+        if counts["FAILED"] or counts["CANCELED"]
+    ]
+    return f"cells with holes: {'; '.join(named)}" if named else ""
+
+
 def _cause(trial: TrialResult) -> str:
     return trial.cause or "cause unknown"
 
@@ -203,6 +218,17 @@ def _reused(trials: Sequence[TrialResult]) -> str:
     origins = Counter(trial.trained_in for trial in trials if trial.trained_in is not None)
     named = ", ".join(f"{count} from {sweep}" for sweep, count in sorted(origins.items()))
     return f"reused trials: {named}" if named else ""
+
+
+def _layouts(trials: Sequence[TrialResult]) -> str:
+    """Layouts agree to rounding, which training may amplify; a trial that changed its layout is named as such."""
+    taken = Counter((trial.arm, " then ".join(trial.layouts)) for trial in trials if trial.layouts)
+    if len({layout for _, layout in taken}) < 2:
+        return ""
+    resumed = sum(len(trial.layouts) > 1 for trial in trials)
+    also = f" ({plural(resumed, 'trial')} resumed on another layout)" if resumed else ""
+    named = "; ".join(f"{arm} {count} on {layout}" for (arm, layout), count in taken.items())
+    return f"mixed layouts, so losses differ by rounding besides{also}: {named}"
 
 
 def _backends(trials: Sequence[TrialResult]) -> str:

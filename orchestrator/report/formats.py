@@ -94,6 +94,7 @@ def _json_table(table: VerdictTable) -> dict[str, Any]:
         "num_compared": table.num_compared,
         "method": table.method,
         "variances_p": derived_value(table.variances_p, verdict.FORMULA_VERSION, table.trials_compared),
+        "states": [asdict(cell) for cell in table.states],
         "footnotes": list(table.footnotes),
     }
 

@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from models.accounting import utilisation
+from models.config import Layout
 from orchestrator.report.figures import plural
 from orchestrator.report.tables import tabulate
 from orchestrator.report.tree import Results, SweepHeading, TrialResult
@@ -123,15 +124,22 @@ def _trial_results(store: Store, sweep: SweepRow, tail: float) -> list[TrialResu
     trials = store.trials(sweep.id)
     measured = {row["fingerprint"]: row for row in store.frame("results", sweep=sweep.name).to_dict("records")}
     tails = {(row.fingerprint, row.split): row for row in store.tails(sweep.id, tail)}
-    backends = store.backends(sweep.id)
+    backends, layouts = store.backends(sweep.id), store.layouts(sweep.id)
     resources = ResourcesConfig.model_validate(sweep.settings.get("resources") or {})
     return [
         replace(
             _trial_result(trial, measured.get(trial.fingerprint, {}), tails, sweep.name, resources),
             backends=backends.get(trial.fingerprint, ()),
+            layouts=tuple(map(_layout, layouts.get(trial.fingerprint, ()))),
         )
         for trial in trials
     ]
+
+
+def _layout(layout: Layout) -> str:
+    """What differs from one rank, as the sweep file names it."""
+    set_fields = layout.model_dump(exclude_defaults=True)
+    return ", ".join(f"{name} {value}" for name, value in set_fields.items()) or "one rank"
 
 
 def _trial_result(

@@ -21,6 +21,7 @@ from orchestrator.report.tree import (
     STATES,
     UNFINISHED,
     ArmRow,
+    CellStates,
     Results,
     Split,
     SweepHeading,
@@ -153,8 +154,16 @@ def _table(
         method=comparison.method,
         variances_p=comparison.variances_p,
         trials_compared=_compared(rows),
+        states=_cell_states(trials),
         footnotes=footnotes(heading, split, rows, trials, comparison, reasons),
     )
+
+
+def _cell_states(trials: Sequence[TrialResult]) -> tuple[CellStates, ...]:
+    cells: dict[tuple[str, float], list[TrialResult]] = {}
+    for trial in trials:
+        cells.setdefault((trial.arm, trial.lr), []).append(trial)
+    return tuple(CellStates(arm, lr, _counts(of_cell)) for (arm, lr), of_cell in cells.items())
 
 
 LR_REASON = (

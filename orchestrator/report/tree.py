@@ -75,6 +75,8 @@ class TrialResult:
     tokens_per_second: float | None = None
     num_tail_points: int = 1
     """Validations on the slice that ``slice_loss_nats`` is the mean of."""
+    layouts: tuple[str, ...] = ()
+    """On which it was trained, one after the other: ``tensor 2, data 2``."""
     backends: tuple[str, ...] = ()
     """What its attempts were built from, as far as they said."""
     flops_per_second: float | None = None
@@ -141,6 +143,15 @@ class ArmRow:
 
 
 @dataclass(frozen=True)
+class CellStates:
+    """The trials of an arm at one learning rate, by state in the order of STATES; those that do not occur left out."""
+
+    arm: str
+    lr: float
+    counts: Mapping[str, int]
+
+
+@dataclass(frozen=True)
 class VerdictTable:
     """The arms compared at one combination of the axes' values; ``axes`` is empty when only the LR varies."""
 
@@ -155,6 +166,8 @@ class VerdictTable:
     trials_compared: tuple[str, ...]
     """Fingerprints behind the pooled variance and so behind every interval."""
     footnotes: tuple[str, ...]
+    states: tuple[CellStates, ...] = ()
+    """Of every cell, by arm and learning rate."""
 
 
 @dataclass(frozen=True)

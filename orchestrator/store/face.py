@@ -115,6 +115,10 @@ class Store:
         """By fingerprint, the back ends that the attempts of a sweep's trials took, as far as they said."""
         return self._read(reader.backends, sweep_id)
 
+    def layouts(self, sweep_id: int) -> dict[str, tuple[Layout, ...]]:
+        """By fingerprint, the layouts that a sweep's trials were trained on, one after the other."""
+        return self._read(reader.layouts, sweep_id)
+
     def attempts(self, fingerprint: str) -> list[AttemptRow]:
         """Oldest first."""
         return self._read(reader.attempts, fingerprint)

@@ -108,6 +108,30 @@ def backends(connection: Connection, sweep_id: int) -> dict[str, tuple[str, ...]
     return taken
 
 
+def layouts(connection: Connection, sweep_id: int) -> dict[str, tuple[Layout, ...]]:
+    """By fingerprint, the layouts of the attempts whose steps count, oldest first and each change once.
+
+    An attempt counts if no later one began at its own first step or before: its successors build on it.
+    """
+    link, attempt = schema.sweep_trial, schema.attempt
+    query = (
+        select(attempt.c.fingerprint, attempt.c.resume_step, attempt.c.layout)
+        .join(link, link.c.fingerprint == attempt.c.fingerprint)
+        .where(link.c.sweep_id == sweep_id, link.c.current)
+        .order_by(attempt.c.fingerprint, attempt.c.number.desc())
+    )
+    taken: dict[str, tuple[Layout, ...]] = {}
+    first: dict[str, int] = {}
+    for fingerprint, resume_step, values in connection.execute(query):
+        if fingerprint in first and resume_step >= first[fingerprint]:
+            continue
+        first[fingerprint] = resume_step
+        layout, later = Layout.model_validate(values), taken.get(fingerprint, ())
+        if later[:1] != (layout,):
+            taken[fingerprint] = (layout, *later)
+    return taken
+
+
 def attempt_row(row: RowMapping) -> AttemptRow:
     values = dict(row)
     values["layout"] = Layout.model_validate(values["layout"])
