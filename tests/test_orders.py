@@ -51,7 +51,7 @@ def test_a_trial_whose_controller_died_before_it_obeyed_is_canceled_by_the_next(
         dying._work()
     (wanted,) = [one.row.fingerprint for one in dying.running if one.trial.arm == "g1"]
     bench.store.add_event(dying.sweep_id, CANCEL_WANTED, "", wanted)
-    monkeypatch.setattr("orchestrator.controller.loop.is_dead", lambda _: True)
+    monkeypatch.setattr("orchestrator.controller.lease_holder.is_dead", lambda _: True)
     monkeypatch.setattr("orchestrator.controller.loop.LEASE_SECONDS", 20.0)
     bench.run(plan)
     assert bench.states(plan) == {"baseline/1": "COMPLETE", "g1/1": "CANCELED"}

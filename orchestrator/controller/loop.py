@@ -11,21 +11,22 @@ from types import TracebackType
 from typing import Self
 
 from models import run_dir
-from models.run_dir import AttemptSpec, StepRecord
+from models.run_dir import StepRecord
 from orchestrator.controller.disk import DiskWatch
 from orchestrator.controller.gang_pool import GangPool
-from orchestrator.controller.lease_holder import is_dead, own_name
+from orchestrator.controller.launching import attempt_spec
+from orchestrator.controller.lease_holder import acquire_lease
 from orchestrator.controller.orders import Orders
 from orchestrator.controller.provenance import data_hashes, provenance
 from orchestrator.controller.resume import curve_until, recover_records, resume_point
-from orchestrator.controller.running import RunningAttempt, trial_name, up_to
+from orchestrator.controller.running import RunningAttempt, eta_seconds, trial_name, up_to
 from orchestrator.controller.selection import choose_rates
 from orchestrator.controller.snapshot import Snapshot, View
 from orchestrator.failures import DISK_FULL, HANG, PREEMPTED, Consequence, Ending, Wish, consequence
 from orchestrator.gang import Cluster, Gang, GangEnd, GangShape
 from orchestrator.plan import Confirmation, PlannedTrial, micro_batch_sizes
 from orchestrator.search import Search
-from orchestrator.store import STATES, FinishedIsFinal, Lease, LeaseHeld, Store, TrialRow, TrialTaken
+from orchestrator.store import STATES, FinishedIsFinal, Store, TrialRow, TrialTaken
 from orchestrator.sweep import Sweep, UserError
 from orchestrator.tracking import Mirror
 
@@ -85,7 +86,7 @@ class Controller:
     # -- the lease ------------------------------------------------------------------------------------------
 
     def __enter__(self) -> Self:
-        self.lease = self._acquire_lease()
+        self.lease = acquire_lease(self.store, self.sweep.name, self.sweep_id, LEASE_SECONDS, self.view.tell)
         self.lease_renewed = self.started = time.monotonic()
         left = self.store.take_over(self.lease)
         self.store.cancel(self.sweep_id, self.orders.left_to_cancel(left))
@@ -99,19 +100,6 @@ class Controller:
         self.pool.dismiss_all()
         if kind is None or issubclass(kind, SweepStopped | UserError):
             self.store.release_lease(self.lease)
-
-    def _acquire_lease(self) -> Lease:
-        told = False
-        while True:
-            try:
-                return self.store.acquire_lease(self.sweep_id, own_name(), LEASE_SECONDS)
-            except LeaseHeld as held:
-                if not is_dead(held.holder):
-                    raise UserError(f"sweep {self.sweep.name}: {held}") from held
-                if not told:
-                    self.view.tell(f"the last controller ({held.holder}) is dead; waiting for its lease to run out")
-                told = True
-                time.sleep(min(1.0, held.seconds_left + 0.1))
 
     # -- the loop -------------------------------------------------------------------------------------------
 
@@ -244,24 +232,8 @@ class Controller:
             self._refresh(now=True)  # another sweep shares the trial and runs it now; its end is ours, too
             return
         self.store.set_hosts(self.lease, row, [member["host"] for member in gang.members])
-        spec = AttemptSpec(
-            fingerprint=trial.fingerprint,
-            number=row.number,
-            token=row.token,
-            trial_dir=str(directory),
-            data_dir=str(self.home / "data"),
-            layout=self.shape.layout,
-            micro_batch_sequences=self.micro_batches[trial.fingerprint],
-            device=self.shape.device,
-            backend=self.sweep.resources.backend,
-            resume_checkpoint=None if resume.checkpoint is None else str(resume.checkpoint),
-            resume_step=resume.step,
-            checkpoint_every_steps=self.sweep.checkpoint.every_steps or -(-trial.config.train.num_steps // 10),
-            keep_checkpoints=self.sweep.checkpoint.keep,
-            final_checkpoint=self.sweep.checkpoint.final,
-            threads_per_rank=max(1, int(self.shape.cpus_per_rank)),
-            diagnostics=self.sweep.diagnostics,
-        )
+        size = self.micro_batches[trial.fingerprint]
+        spec = attempt_spec(self.sweep, self.shape, self.home, trial, row, resume, size)
         self.search.ask(trial.fingerprint, curve_until(self.store, trial.fingerprint, resume.step))
         attempt = RunningAttempt(trial, row, spec, gang)
         self.running.append(attempt)
@@ -379,16 +351,6 @@ class Controller:
             running=lines,
             gangs_starting=self.pool.num_starting,
             seconds=time.monotonic() - self.started,
-            eta_seconds=self._eta(),
+            eta_seconds=eta_seconds(self.running, [trial for trial in self.trials if trial.state == "WAITING"]),
             stopping=self.stopping.reason if self.stopping else None,
         )
-
-    def _eta(self) -> float | None:
-        """Steps left at the pace of the running trials, shared by the gangs at work. Divergence makes it shorter."""
-        paces = [attempt.step_seconds() for attempt in self.running]
-        known = [pace for pace in paces if pace is not None]
-        if not known:
-            return None
-        left = sum(trial.config.train.num_steps for trial in self.trials if trial.state == "WAITING")
-        left += sum(attempt.steps_left for attempt in self.running)
-        return left * (sum(known) / len(known)) / len(self.running)

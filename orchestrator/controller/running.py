@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from models.run_dir import AttemptSpec, Record, StepRecord
@@ -93,6 +94,15 @@ class RunningAttempt:
             "WAITING": "paused   " if paused else "retrying ",
         }
         return f"{words[result.state]} {self.name}: {result.reason}"
+
+
+def eta_seconds(running: Sequence[RunningAttempt], waiting: Sequence[TrialRow]) -> float | None:
+    """Steps left at the pace of the running trials, shared by the gangs at work. Divergence makes it shorter."""
+    known = [pace for attempt in running if (pace := attempt.step_seconds()) is not None]
+    if not known:
+        return None
+    left = sum(trial.config.train.num_steps for trial in waiting) + sum(attempt.steps_left for attempt in running)
+    return left * (sum(known) / len(known)) / len(running)
 
 
 def up_to(stop: Stop, records: list[Record]) -> list[Record]:
