@@ -125,7 +125,7 @@ def test_a_warm_gang_gives_the_numbers_of_a_cold_one_bit_for_bit(
         cold.launch(attempt_spec(home, second, "cold", number=2))
         end_of(cold)
     warm_numbers = written_numbers(attempt_spec(home, second, "warm"))
-    assert len(warm_numbers) == 22
+    assert len(warm_numbers) == 20 + 2 + 4  # steps, validations, probes
     assert warm_numbers == written_numbers(attempt_spec(home, second, "cold", number=2))
 
 
