@@ -303,7 +303,7 @@ def test_the_fingerprint_covers_the_fp8_recipe_named_or_not():
 
 
 def test_an_fp8_recipe_needs_precision_fp8():
-    with pytest.raises(ValidationError, match="fp8 needs precision fp8, not fp32"):
+    with pytest.raises(ValidationError, match=r"fp8\.recipe needs precision fp8, not fp32"):
         TrialConfig.model_validate({**FULL.model_dump(), "fp8": {"recipe": "delayed"}})
 
 

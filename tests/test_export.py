@@ -223,6 +223,12 @@ def test_export_import_export_is_the_same_bytes(world, tmp_path, form, trial):
     assert relative_error(our_logits(model, tokens), our_logits(original, tokens)) < 1e-6
 
 
+def test_who_may_read_the_config_may_read_the_weights(world, tmp_path):
+    exported(SMALLEST, "released", tmp_path / "model")
+    modes = {path.name: path.stat().st_mode for path in (tmp_path / "model").iterdir()}
+    assert modes["model.safetensors"] == modes["config.json"]
+
+
 def test_shards_hold_what_one_file_holds(world, tmp_path):
     model, architecture = exported(small_trial(ELEMENTWISE), "released", tmp_path / "one")
     export.write_folder(

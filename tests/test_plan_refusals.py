@@ -203,6 +203,7 @@ WHOLE = [
     (SMALL + "axes: {train.lr: [1, 2], train.beta1: [0.8, 0.9]}\nexclude: [{train.lr: 1, train.beta1: 0.8}]\nrows: [{train.lr: 1, train.beta1: 0.9}]", "x.yaml:15:8: rows[0]: none (train.lr=1.0, train.beta1=0.9) is the same trial as none (train.lr=1.0, train.beta1=0.9); allowed: cells that differ"),
     (arm("{}"), "x.yaml:10:3: arms.g1: g1 is the same trial as none; allowed: cells that differ"),
     (arm("{model: {ffn_size: 192}}"), "arms.g1: g1 is the same trial as none"),
+    (arm("{fp8: {recipe: delayed}}"), "x.yaml:10:22: arms.g1.fp8.recipe: fp8.recipe needs precision fp8, not fp32"),
 ]  # fmt: skip
 
 

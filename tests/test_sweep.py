@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from orchestrator.sweep import Derived, UserError, load, parse
+from orchestrator.sweep.fields import KnownSection, config_fields, section_of
+from orchestrator.sweep.settings import Settings
 
 GOOD = """\
 name: small
@@ -371,6 +373,18 @@ def test_the_files_of_this_repository_are_read():
     assert paths
     for path in paths:
         assert load(path).name == path.stem
+
+
+def test_the_grammar_names_every_key_that_a_file_may_have():
+    text = (Path(__file__).parent.parent / "sweeps" / "README.md").read_text()
+    of_the_file = [*config_fields(), *leaves(section_of(Settings)), "arms", "baseline", "axes", "zip", "rows", "exclude"]
+    written = set(re.findall(r"\w+", text))
+    assert [path for path in of_the_file if path.rpartition(".")[2] not in written] == []
+
+
+def leaves(section):
+    for name, known in section.fields.items():
+        yield from leaves(known) if isinstance(known, KnownSection) else [name]
 
 
 def with_arms(number, more=""):

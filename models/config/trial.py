@@ -45,7 +45,8 @@ class TrialConfig(Frozen):
     @model_validator(mode="after")
     def _fp8_is_used(self) -> TrialConfig:
         if self.fp8 is not None and self.precision != "fp8":
-            raise ValueError(f"fp8 needs precision fp8, not {self.precision}")
+            named = " and ".join(f"fp8.{name}" for name in sorted(self.fp8.model_fields_set)) or "fp8"
+            raise ValueError(f"{named} needs precision fp8, not {self.precision}")
         return self
 
     @model_validator(mode="after")

@@ -95,7 +95,11 @@ def _write_tensors(
             tensors |= {name: torch.zeros(shape, dtype=dtype) for name, shape in zeros(architecture).items()}
         name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         # format: what transformers asks of a file before it reads it.
-        save_file(tensors, aside / name, metadata={"format": "pt"})
+        path = aside / name
+        path.touch()
+        permissions = path.stat().st_mode
+        save_file(tensors, path, metadata={"format": "pt"})
+        path.chmod(permissions)  # safetensors leaves the file to its owner alone, also in a folder that others read
         placed |= dict.fromkeys(tensors, name)
         total += sum(tensor.nbytes for tensor in tensors.values())
     if len(shards) > 1:
