@@ -40,6 +40,7 @@ arms:
   g1: {gate: {position: sdpa}}
 axes: {train.lr: [1e-3, 4e-3]}
 seeds: [1, 2]
+controls: []
 """
 STEPS = 40
 BEST = 4e-3

@@ -23,6 +23,7 @@ arms:
   none: {}
   everywhere: {gate: {position: sdpa, combine: additive, sharing: head_shared}}
 seeds: [1]
+controls: []
 """
 MOE = ("model={preset: moe-15a2b, num_layers: 4, moe: {num_experts: 16}}",)
 
