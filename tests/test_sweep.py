@@ -377,7 +377,16 @@ def test_the_files_of_this_repository_are_read():
 
 def test_the_grammar_names_every_key_that_a_file_may_have():
     text = (Path(__file__).parent.parent / "sweeps" / "README.md").read_text()
-    of_the_file = [*config_fields(), *leaves(section_of(Settings)), "arms", "baseline", "axes", "zip", "rows", "exclude"]
+    of_the_file = [
+        *config_fields(),
+        *leaves(section_of(Settings)),
+        "arms",
+        "baseline",
+        "axes",
+        "zip",
+        "rows",
+        "exclude",
+    ]
     written = set(re.findall(r"\w+", text))
     assert [path for path in of_the_file if path.rpartition(".")[2] not in written] == []
 
