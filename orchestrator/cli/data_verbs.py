@@ -85,6 +85,9 @@ def _child(arguments: list[str]) -> int:
         while True:
             try:
                 code = child.wait()
+                if code < 0:  # killed, it could say nothing itself
+                    name = signal.Signals(-code).name
+                    typer.echo(f"error: {name} ended the process that did the work; run it again", err=True)
                 return code if code >= 0 else 128 - code
             except KeyboardInterrupt:  # the terminal sends it to both
                 continue
