@@ -53,6 +53,8 @@ def test_fingerprints_may_be_shortened_and_combine_with_conditions():
 def test_what_no_trial_has_is_refused_with_what_there_is():
     with pytest.raises(UserError, match="--where width: no such key; allowed: arm, state, cause, seed, train"):
         select_trials(ROWS, ["width=3"])
+    with pytest.raises(UserError, match="--where arm=g3: no such arm; allowed: baseline, g1"):
+        select_trials(ROWS, ["arm=g3"])
     with pytest.raises(UserError, match="--where arm: allowed: KEY=VALUE"):
         select_trials(ROWS, ["arm"])
     with pytest.raises(UserError, match="--trial cc: no trial of this sweep"):

@@ -25,6 +25,9 @@ def select_trials(
         if not equals:
             raise UserError(f"--where {condition}: allowed: KEY=VALUE, such as arm=g1 or train.lr=1e-3")
         name = _known_key(key.strip(), trials)
+        arms = sorted({trial.arm for trial in trials})
+        if name == "arm" and wanted.strip() not in arms:
+            raise UserError(f"--where {condition}: no such arm; allowed: {', '.join(arms)}")
         chosen = [trial for trial in chosen if _is(_value(trial, name), wanted.strip())]
     for beginning in fingerprints:
         if not any(trial.fingerprint.startswith(beginning) for trial in trials):
