@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from models import rope
+from models import one_rank, rope
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +77,35 @@ def prepare(device: str, local_rank: int = 0) -> None:
     from megatron.core.transformer import attention
 
     attention.apply_rotary_pos_emb = rope.on_cpu(attention.apply_rotary_pos_emb)
+    _shorten()
     _prepared = True
+
+
+def _shorten() -> None:
+    """Take out of a step what costs time on the CPU and changes no bit."""
+    from megatron.core.fusions import fused_softmax
+    from megatron.core.pipeline_parallel import schedules
+    from megatron.core.tensor_parallel import layers
+    from megatron.core.tensor_parallel.cross_entropy import VocabParallelCrossEntropy
+    from megatron.core.transformer.moe import router
+
+    torch.distributed.all_reduce = one_rank.all_reduce(torch.distributed.all_reduce)
+    name = "linear_with_grad_accumulation_and_async_allreduce"
+    setattr(layers, name, one_rank.linear(getattr(layers, name)))
+    VocabParallelCrossEntropy.calculate_logits_max = staticmethod(one_rank.largest_logits)
+    schedules.backward_step = _within(as_it_is, schedules.backward_step)
+    # In a forward pass, these do ask for CUDA by name.
+    fused_softmax.get_default_causal_mask = _within(_as_on, fused_softmax.get_default_causal_mask)
+    router.save_to_aux_losses_tracker = _within(_as_on, router.save_to_aux_losses_tracker)
+
+
+def _within(context: Callable[[], contextlib.AbstractContextManager[None]], function: Callable[..., Any]) -> Any:
+    @functools.wraps(function)
+    def apply(*args: Any, **kwargs: Any) -> Any:
+        with context():
+            return function(*args, **kwargs)
+
+    return apply
 
 
 def _mend_router() -> None:
@@ -115,6 +143,19 @@ def on(device: str) -> Iterator[None]:
     """The context in which Megatron is built and run. Per thread: torch's function modes are."""
     with CudaFactoriesOnCpu() if device == "cpu" else contextlib.nullcontext():
         yield
+
+
+def as_it_is() -> contextlib.AbstractContextManager[None]:
+    """Within ``on``: calls of torch go past it. For the passes through the model and the update, which do not ask for
+    CUDA by name: a thousand calls in a step would each take a turn through Python."""
+    without: contextlib.AbstractContextManager[None] = torch._C.DisableTorchFunction()
+    return without
+
+
+def _as_on() -> contextlib.AbstractContextManager[None]:
+    """Within ``as_it_is``: back to what ``on`` said."""
+    again: contextlib.AbstractContextManager[None] = torch._C._EnableTorchFunction()
+    return again
 
 
 def collective_backend(device: str) -> str:

@@ -38,10 +38,13 @@ def scores(gate: GateConfig, logits_SBHD: Tensor, mean_over_heads: Callable[[Ten
     if gate.init == "open":
         logits_SBHD = logits_SBHD + OPEN_OFFSET
     if gate.sharing == "head_specific":
-        return gate.scale * activate(logits_SBHD)
-    if gate.shared_average == "logits":
-        return gate.scale * activate(mean_over_heads(logits_SBHD))
-    return gate.scale * mean_over_heads(activate(logits_SBHD))
+        score_SBHD = activate(logits_SBHD)
+    elif gate.shared_average == "logits":
+        score_SBHD = activate(mean_over_heads(logits_SBHD))
+    else:
+        score_SBHD = mean_over_heads(activate(logits_SBHD))
+    # A product with one would take three passes over memory and keep a copy.
+    return score_SBHD if gate.scale == 1.0 else gate.scale * score_SBHD
 
 
 def apply(gate: GateConfig, signal_SBHD: Tensor, score_SBHD: Tensor) -> Tensor:

@@ -24,6 +24,9 @@ GATES = {
     "dense-ns-sigmoid": GateConfig(position="dense", activation="ns_sigmoid"),
     "dense-silu": GateConfig(position="dense", activation="silu"),
     "open": GateConfig(position="sdpa", init="open"),
+    "scaled": GateConfig(position="sdpa", scale=2.0),
+    "identity": GateConfig(position="sdpa", activation="identity"),
+    "dense-identity": GateConfig(position="dense", activation="identity"),
 }
 SHAPES = {
     "untied": {"tied_embeddings": False},
@@ -31,6 +34,7 @@ SHAPES = {
     "normalised": {"sdpa_output": "group_norm", "sandwich_norm": True},
     "silu": {"sdpa_output": "silu"},
     "sink": {"softmax_sink": True},
+    "odd-ffn": {"ffn_size": 91},
 }
 
 

@@ -11,12 +11,15 @@ sequence parallelism, what lies between the matrix products is cut over the tens
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from models.accounting.parameters import Gates, attention_width, each, gate_score_width, kv_width
 from models.config import GateConfig, Layout, ModelConfig
 
 FP32 = 4
+CACHE_LINE = 16
+"""In fp32 numbers."""
 
 
 @dataclass(frozen=True)
@@ -148,14 +151,21 @@ class Saved:
         is_shared = gate.sharing == "head_shared"
         narrow = width / self._heads(gate) if is_shared else width
         activated = narrow if is_shared and gate.shared_average == "logits" else width
-        found = activated * FP32 if gate.activation in ("sigmoid", "ns_sigmoid") else 0.0
+        is_sigmoid = gate.activation in ("sigmoid", "ns_sigmoid")
+        found = activated * FP32 if is_sigmoid else 0.0
+        # Heads with something between them are made one dimension by a copy.
+        is_copy = self.item != FP32 or activated != width or (_in_projection(gate) and self._is_grouped(gate))
         if gate.activation == "silu":
-            # Heads with something between them are made one dimension by a copy.
-            is_copy = self.item != FP32 or activated != width or (_in_projection(gate) and self._is_grouped(gate))
             found += activated * FP32 if is_copy else own_logits
         if gate.combine == "additive":
             return found + output
-        return found + narrow * FP32 + signal + output
+        # The activation's own result is kept once, and logits that are taken as they are only where they are a copy.
+        is_own = gate.scale == 1.0 and activated == narrow
+        if gate.activation == "identity" and is_own:
+            found += narrow * FP32 if is_copy else own_logits
+        elif gate.activation != "sigmoid" or not is_own:
+            found += narrow * FP32
+        return found + signal + output
 
     def _is_grouped(self, gate: GateConfig) -> bool:
         model = self.model
@@ -189,8 +199,16 @@ class Saved:
         return 0.0
 
     def _ffn(self) -> float:
-        """Both halves of the first product, and what goes into the second."""
-        return self._cut(3 * self.model.ffn_size)
+        """What goes into the second product, and SwiGLU's own."""
+        return (self.model.ffn_size / self.layout.tensor + self._swiglu(self.layout.tensor)) * self.item
+
+    def _swiglu(self, cut: int) -> float:
+        """Numbers: both halves of the first product, and on the CPU the activated one too, the rows of the product at
+        whole cache lines where nothing is reduced over ranks."""
+        width = self.model.ffn_size / cut
+        if self.on_cuda:
+            return 2 * width
+        return width + (2 * width if cut > 1 else math.ceil(2 * width / CACHE_LINE) * CACHE_LINE)
 
     def _experts(self) -> float:
         """Router and dispatch in fp32 and int64, then the FFN of each of the ``top_k`` copies of a token.
@@ -203,7 +221,8 @@ class Saved:
         apart = layout.tensor if layout.sequence_parallel else 1
         router = 13 * moe.num_experts + 28 * moe.top_k + 4
         copies = moe.top_k / (1 if layout.expert == 1 else apart)
-        one = self.model.hidden_size + 4 * self.model.ffn_size / layout.expert_tensor
+        cut = layout.expert_tensor
+        one = self.model.hidden_size + 2 * self.model.ffn_size / cut + self._swiglu(cut)
         return router / apart + copies * (one * self.item + FP32)
 
 

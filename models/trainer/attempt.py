@@ -19,7 +19,7 @@ from models.run_dir import AttemptSpec, StepRecord, Summary
 from models.trainer import passes
 from models.trainer.evaluate import Evaluator
 from models.trainer.journal import Journal
-from models.trainer.optimizer import update, wrap
+from models.trainer.optimizer import update, wrap, zero_gradients
 from models.trainer.probes import Probes
 from models.trainer.schedule import learning_rate
 from models.trainer.world import World
@@ -140,9 +140,7 @@ class _Attempt:
 
     def _train_one_step(self) -> None:
         train, started = self.trial.train, time.perf_counter()
-        for chunk in self.chunks:
-            chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
+        zero_gradients(self.chunks, self.optimizer)
         losses = passes.run(
             self.chunks,
             self._micro_batches,

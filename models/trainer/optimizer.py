@@ -63,6 +63,13 @@ def wrap(
     return wrapped, optimizer
 
 
+def zero_gradients(chunks: Sequence[DistributedDataParallel], optimizer: Any) -> None:
+    with devices.as_it_is():
+        for chunk in chunks:
+            chunk.zero_grad_buffer()
+        optimizer.zero_grad()
+
+
 def update(optimizer: Any, lr: float, max_norm: float, watch: UpdateWatch | None = None) -> float:
     """Clip by global norm and step. Returns the norm before clipping; a non-finite one leaves the weights alone."""
     for group in optimizer.param_groups:
@@ -73,10 +80,11 @@ def update(optimizer: Any, lr: float, max_norm: float, watch: UpdateWatch | None
         return norm
     if watch is not None:
         watch.before()
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    devices.scale_gradients(gradients, norm, max_norm)
-    optimizer.step_with_ready_grads()
+    with devices.as_it_is():
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        gradients = [gradient for parameter in parameters if (gradient := parameter.grad) is not None]
+        devices.scale_gradients(gradients, norm, max_norm)
+        optimizer.step_with_ready_grads()
     if watch is not None:
         watch.after()
     return norm

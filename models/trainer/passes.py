@@ -9,6 +9,7 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_attr_wrapped_model
 
+from models import device as devices
 from models.core_attention import document_mask
 from models.corpus import Batch
 
@@ -19,12 +20,13 @@ def token_losses(chunk: torch.nn.Module, batch: Batch) -> torch.Tensor:
     Without separate documents the mask is None: Megatron's attention is causal by itself.
     """
     separate = batch.get("document_ids")
-    output: torch.Tensor = chunk(
-        input_ids=batch.get("tokens"),
-        position_ids=batch.get("position_ids"),
-        attention_mask=None if separate is None else document_mask(separate),
-        labels=batch.get("labels"),
-    )
+    with devices.as_it_is():
+        output: torch.Tensor = chunk(
+            input_ids=batch.get("tokens"),
+            position_ids=batch.get("position_ids"),
+            attention_mask=None if separate is None else document_mask(separate),
+            labels=batch.get("labels"),
+        )
     return output
 
 

@@ -21,7 +21,7 @@ from models import accounting, device, layer_specs
 from models.config import DataConfig, GateConfig, Layout, TrainConfig, TrialConfig
 from models.presets import PRESETS
 from models.trainer import World
-from models.trainer.optimizer import update, wrap
+from models.trainer.optimizer import update, wrap, zero_gradients
 from models.trainer.passes import token_losses
 
 GATES = {
@@ -70,8 +70,7 @@ def stepper(trial: TrialConfig) -> Callable[[], float]:
 
     def step() -> float:
         start = time.perf_counter()
-        model.zero_grad_buffer()
-        optimizer.zero_grad()
+        zero_gradients([model], optimizer)
         get_forward_backward_func()(
             forward_step_func=forward,
             data_iterator=iter([batch]),
