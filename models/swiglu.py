@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer.mlp import MLP
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -33,7 +34,8 @@ def in_one_step(model: nn.Module) -> None:
             config = copy.copy(module.config)
             config.use_te_activation_func = True
             module.config, module.activation_func = config, swiglu
-            module.linear_fc1._forward_impl = one_rank.aligned(module.linear_fc1._forward_impl)
+            if type(module.linear_fc1) is ColumnParallelLinear:  # not Transformer Engine's
+                module.linear_fc1._forward_impl = one_rank.aligned(module.linear_fc1._forward_impl)
 
 
 def swiglu(both: Tensor) -> Tensor:

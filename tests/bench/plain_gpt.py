@@ -5,8 +5,8 @@
 The model is written out below: RMSNorm, SwiGLU, RoPE, QK-norm, GQA through scaled_dot_product_attention, tied
 embeddings, AdamW in its foreach form, clipping. It has the preset's parameters, to the last one. A step of each is
 timed in turn, so that a busy machine slows all; what is printed is the median of the ratios, and their quartiles.
-On a busy machine of two cores, 45 and more pairs by CPU time: 0.991 to 0.999 of eager; by wall clock, 31: 0.989 (0.916 to
-1.111) of eager, 0.839 (0.720 to 0.915) of torch.compile.
+On two cores of a busy machine, three runs of 40 to 70 pairs by CPU time: 0.992, 0.995 and 0.999 of eager. By the clock,
+31 pairs: 0.989 (0.916 to 1.111) of eager, 0.839 (0.720 to 0.915) of torch.compile.
 """
 
 from __future__ import annotations
