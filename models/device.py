@@ -93,7 +93,7 @@ def _shorten() -> None:
     name = "linear_with_grad_accumulation_and_async_allreduce"
     setattr(layers, name, one_rank.linear(getattr(layers, name)))
     VocabParallelCrossEntropy.calculate_logits_max = staticmethod(one_rank.largest_logits)
-    schedules.backward_step = _within(as_it_is, schedules.backward_step)
+    schedules.backward_step = _within(lambda: as_it_is(), schedules.backward_step)
     # In a forward pass, these do ask for CUDA by name.
     fused_softmax.get_default_causal_mask = _within(_as_on, fused_softmax.get_default_causal_mask)
     router.save_to_aux_losses_tracker = _within(_as_on, router.save_to_aux_losses_tracker)

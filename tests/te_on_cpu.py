@@ -108,9 +108,12 @@ def _unfused_attention() -> None:
 
 def _plain_gates() -> None:
     """The fused gate is a kernel too: tensors that claim to be on CUDA would be sent to it."""
+    from models import device
     from models.kernels import fused_gate
 
     fused_gate.available = lambda: False
+    # Unlike Megatron's layers, Transformer Engine's ask for "cuda" by name in a forward pass.
+    device.as_it_is = contextlib.nullcontext
 
 
 # -- the compiled extension -----------------------------------------------------------------------------------
