@@ -148,6 +148,8 @@ def on(device: str) -> Iterator[None]:
 def as_it_is() -> contextlib.AbstractContextManager[None]:
     """Within ``on``: calls of torch go past it. For the passes through the model and the update, which do not ask for
     CUDA by name: a thousand calls in a step would each take a turn through Python."""
+    if not _prepared:  # on CUDA, where Transformer Engine's tensors have functions of their own
+        return contextlib.nullcontext()
     without: contextlib.AbstractContextManager[None] = torch._C.DisableTorchFunction()
     return without
 
