@@ -491,6 +491,28 @@ def test_a_vocabulary_padded_below_the_tokenizers_is_refused(plan):
         plan(SMALL, "data.padded_vocab_size=255")
 
 
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("arms.g1.train.decay_fraction=0.5", "decay_fraction does nothing with schedule cosine; allowed: .* wsd"),
+        ("axes={train.decay_fraction: [0.1, 0.2]}", "decay_fraction does nothing with schedule cosine"),
+        (
+            "arms.g1.train={schedule: constant, min_lr_fraction: 0.5}",
+            "min_lr_fraction does nothing with .* cosine or wsd",
+        ),
+    ],
+)
+def test_an_arm_that_would_differ_in_nothing_is_refused(plan, override, words):
+    with pytest.raises(UserError, match=words):
+        plan(SMALL, override)
+
+
+def test_what_only_some_schedules_look_at_may_stand_in_base_and_where_it_is_used(plan):
+    arms = ("arms.g1.train.schedule=wsd", "arms.none.train.schedule=constant")
+    assert len(plan(SMALL, "train.decay_fraction=0.5", *arms).trials) == 4
+    assert len(plan(SMALL, "arms.g1.train={schedule: wsd, decay_fraction: 0.5}").trials) == 4
+
+
 ELSEWHERE = ("data.corpus=/nowhere/c.jsonl", "data.tokenizer=/nowhere/t.json")
 
 

@@ -12,7 +12,7 @@ from pydantic_core import ErrorDetails
 
 from models import plugins
 from models.accounting import default_ffn_multiple, match_ffn_size, match_ffn_size_for_flops
-from models.config import TrialConfig
+from models.config import TrainConfig, TrialConfig
 from orchestrator.plan import corpora
 from orchestrator.plan.cells import CellError, Leaf, Leaves, nested
 from orchestrator.plan.files import Files
@@ -31,9 +31,25 @@ def cell_config(arm: str, leaves: Leaves, files: Files) -> TrialConfig:
     _pad_vocabulary(data, leaves)
     _look_up_plugins(values, leaves)
     try:
-        return TrialConfig.model_validate(values)
+        config = TrialConfig.model_validate(values)
     except ValidationError as error:
         raise _cell_error(error.errors()[0], arm, leaves) from error
+    _refuse_in_vain(config.train, leaves)
+    return config
+
+
+def _refuse_in_vain(train: TrainConfig, leaves: Leaves) -> None:
+    """An arm or an axis that sets what its schedule never looks at would be a trial of its own, and differ in nothing.
+
+    In ``base`` it does no harm: there it may serve arms with other schedules.
+    """
+    users = {"train.decay_fraction": ("wsd",), "train.min_lr_fraction": ("cosine", "wsd")}
+    for path, schedules in users.items():
+        leaf = leaves.get(path)
+        if leaf is not None and leaf.source[0] != "base" and train.schedule not in schedules:
+            name, allowed = path.partition(".")[2], " or ".join(schedules)
+            said = f"{name} does nothing with schedule {train.schedule}; allowed: with schedule {allowed}"
+            raise CellError(leaf.source, said)
 
 
 def _look_up_plugins(values: dict[str, Any], leaves: Leaves) -> None:

@@ -69,17 +69,19 @@ def plan_table(plan: Plan, states: Mapping[str, str] | None = None) -> Renderabl
     known = states or {}
     names = list(dict.fromkeys(name for trial in plan.trials for name in trial.axes))
     has_experts = any(trial.num_active_parameters != trial.num_parameters for trial in plan.trials)
+    is_matched = plan.sweep.match.by != "none"
     rows: list[tuple[str, ...]] = []
     for number, trial in enumerate(plan.trials, start=1):
         axes = [axis_text(trial.axes[name]) if name in trial.axes else NOTHING for name in names]
         active = [count_text(trial.num_active_parameters)] if has_experts else []
         price = flops_text(trial.training_flops), str(trial.micro_batch_sequences), memory_text(trial.memory.total)
         state = known.get(trial.fingerprint, NEW)
-        rows.append(
-            (str(number), trial.arm, *axes, str(trial.seed), f"{trial.num_parameters:,}", *active, *price, state)
-        )
+        width = [f"{trial.config.model.ffn_size:,}"] if is_matched else []
+        size = (*width, f"{trial.num_parameters:,}", *active)
+        rows.append((str(number), trial.arm, *axes, str(trial.seed), *size, *price, state))
     active = ["active"] if has_experts else []
-    headings = ("#", "arm", *names, "seed", "parameters", *active, "FLOPs", "micro-batch", "memory", "state")
+    width = ["FFN"] if is_matched else []
+    headings = ("#", "arm", *names, "seed", *width, "parameters", *active, "FLOPs", "micro-batch", "memory", "state")
     table = _Listing(headings, tuple(rows))
     parts: list[RenderableType] = [Text.assemble((plan.sweep.name, "bold"), f": {plan.sweep.question}"), Text("")]
     parts += _absent_lines(plan)
