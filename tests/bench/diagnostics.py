@@ -22,8 +22,8 @@ from models.config import DataConfig, DiagnosticsConfig, GateConfig, Layout, Tra
 from models.diagnostics import UpdateWatch, probe
 from models.presets import PRESETS
 from models.trainer import World
-from models.trainer.evaluate import token_losses
-from models.trainer.optimizer import update, wrap
+from models.trainer.optimizer import update, wrap, zero_gradients
+from models.trainer.passes import token_losses
 
 GATES = {"baseline": None, "sdpa elementwise": GateConfig(position="sdpa"), "value": GateConfig(position="value")}
 
@@ -57,8 +57,7 @@ def stepper(options: argparse.Namespace, gate: GateConfig | None) -> Callable[[b
 
     def step(with_diagnostics: bool) -> float:
         start = time.perf_counter()
-        model.zero_grad_buffer()
-        optimizer.zero_grad()
+        zero_gradients([model], optimizer)
         get_forward_backward_func()(
             forward_step_func=forward,
             data_iterator=iter([batch]),
