@@ -5,8 +5,7 @@
 The model is written out below: RMSNorm, SwiGLU, RoPE, QK-norm, GQA through scaled_dot_product_attention, tied
 embeddings, AdamW in its foreach form, clipping. It has the preset's parameters, to the last one. A step of each is
 timed in turn, so that a busy machine slows all; what is printed is the median of the ratios, and their quartiles.
-On two cores of a busy machine, three runs of 40 to 70 pairs by CPU time: 0.992, 0.995 and 0.999 of eager. By the clock,
-31 pairs: 0.989 (0.916 to 1.111) of eager, 0.839 (0.720 to 0.915) of torch.compile.
+On two idle cores, by the clock: 1.017 (0.998 to 1.068) of eager, 0.823 (0.801 to 0.858) of torch.compile.
 """
 
 from __future__ import annotations
