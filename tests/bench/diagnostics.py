@@ -11,19 +11,14 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
-import torch
-from megatron.core.pipeline_parallel import get_forward_backward_func
+from step_time import stepper, trial_of
 
-from models import device, layer_specs
-from models.config import DataConfig, DiagnosticsConfig, GateConfig, Layout, TrainConfig, TrialConfig
-from models.diagnostics import UpdateWatch, probe
+from models import device
+from models.config import DiagnosticsConfig, GateConfig, Layout
 from models.presets import PRESETS
 from models.trainer import World
-from models.trainer.optimizer import update, wrap, zero_gradients
-from models.trainer.passes import token_losses
 
 GATES = {"baseline": None, "sdpa elementwise": GateConfig(position="sdpa"), "value": GateConfig(position="value")}
 
@@ -38,43 +33,6 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def stepper(options: argparse.Namespace, gate: GateConfig | None) -> Callable[[bool], float]:
-    """A function that does one training step on random bytes, probed or not, and returns its seconds."""
-    data, wanted = DataConfig(), DiagnosticsConfig()
-    batch_tokens = options.sequences * data.sequence_length
-    train = TrainConfig(tokens=batch_tokens, batch_tokens=batch_tokens, lr=1e-3)
-    trial = TrialConfig(model=PRESETS[options.preset], gate=gate, data=data, train=train, seed=1)
-    device.seed_everything(trial.seed, "cpu")
-    (model,), optimizer = wrap(trial, layer_specs.build_chunks(trial, Layout(), "cpu"), "cpu")
-    shape = (trial.batch_sequences, data.sequence_length)
-    tokens = torch.randint(data.vocab_size, shape)
-    batch = {"tokens": tokens, "labels": tokens.roll(-1, 1), "position_ids": torch.arange(shape[1]).expand(shape)}
-    probed = {name: tensor[: wanted.sequences] for name, tensor in batch.items()}
-    watch = UpdateWatch(model, optimizer)
-
-    def forward(batches: Iterator[dict[str, torch.Tensor]], model: torch.nn.Module) -> object:
-        return token_losses(model, next(batches)), lambda losses: (losses.mean(), losses.detach().mean())
-
-    def step(with_diagnostics: bool) -> float:
-        start = time.perf_counter()
-        zero_gradients([model], optimizer)
-        get_forward_backward_func()(
-            forward_step_func=forward,
-            data_iterator=iter([batch]),
-            model=[model],
-            num_microbatches=1,
-            seq_length=shape[1],
-            micro_batch_size=shape[0],
-            forward_only=False,
-        )
-        update(optimizer, train.lr, train.clip_gradient_norm, watch if with_diagnostics else None)
-        if with_diagnostics:
-            probe(model, probed, wanted.histogram_bins).model_dump_json()
-        return time.perf_counter() - start
-
-    return step
-
-
 def main() -> None:
     options = arguments()
     with tempfile.TemporaryDirectory() as folder:
@@ -83,7 +41,9 @@ def main() -> None:
             print(f"{options.preset}, {options.points} probes in {options.steps} steps of {options.sequences} x 256")
             print(f"{'gate':<20}{'ms a step':>10}{'probed step':>13}{'whole trial':>13}   quartiles of the probed step")
             for name, gate in GATES.items():
-                print(row(name, stepper(options, gate), options), flush=True)
+                print(
+                    row(name, stepper(trial_of(options, gate, matched=False), DiagnosticsConfig()), options), flush=True
+                )
         world.leave()
 
 

@@ -18,7 +18,8 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from models import accounting, device, layer_specs
-from models.config import DataConfig, GateConfig, Layout, TrainConfig, TrialConfig
+from models.config import DataConfig, DiagnosticsConfig, GateConfig, Layout, TrainConfig, TrialConfig
+from models.diagnostics import UpdateWatch, probe
 from models.presets import PRESETS
 from models.trainer import World
 from models.trainer.optimizer import update, wrap, zero_gradients
@@ -57,8 +58,8 @@ def trial_of(options: argparse.Namespace, gate: GateConfig | None, matched: bool
     return TrialConfig(model=model, gate=gate, data=data, train=train, seed=1)
 
 
-def stepper(trial: TrialConfig) -> Callable[[], float]:
-    """A function that does one training step on random bytes and returns its seconds."""
+def stepper(trial: TrialConfig, wanted: DiagnosticsConfig | None = None) -> Callable[..., float]:
+    """A function that does one training step on random bytes and returns its seconds; ``step(True)`` probes, too."""
     device.seed_everything(trial.seed, "cpu")
     (model,), optimizer = wrap(trial, layer_specs.build_chunks(trial, Layout(), "cpu"), "cpu")
     shape = (trial.batch_sequences, trial.data.sequence_length)
@@ -68,7 +69,9 @@ def stepper(trial: TrialConfig) -> Callable[[], float]:
     def forward(batches: Iterator[dict[str, torch.Tensor]], model: torch.nn.Module) -> object:
         return token_losses(model, next(batches)), lambda losses: (losses.mean(), losses.detach().mean())
 
-    def step() -> float:
+    watch = None if wanted is None else UpdateWatch(model, optimizer)
+
+    def step(probed: bool = False) -> float:
         start = time.perf_counter()
         zero_gradients([model], optimizer)
         get_forward_backward_func()(
@@ -80,7 +83,10 @@ def stepper(trial: TrialConfig) -> Callable[[], float]:
             micro_batch_size=shape[0],
             forward_only=False,
         )
-        update(optimizer, trial.train.lr, trial.train.clip_gradient_norm)
+        update(optimizer, trial.train.lr, trial.train.clip_gradient_norm, watch if probed else None)
+        if probed and wanted is not None:
+            sequences = {name: tensor[: wanted.sequences] for name, tensor in batch.items()}
+            probe(model, sequences, wanted.histogram_bins).model_dump_json()
         return time.perf_counter() - start
 
     return step
