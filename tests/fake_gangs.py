@@ -37,8 +37,8 @@ def all_goes_well(_spec: AttemptSpec, _config: TrialConfig, _step: int) -> None:
 
 
 class FakeGang:
-    def __init__(self, fate: FateAt, start_error: str | None = None, host: str = "fake-host") -> None:
-        self.fate, self.start_error = fate, start_error
+    def __init__(self, shape: GangShape, fate: FateAt, start_error: str | None = None, host: str = "fake-host") -> None:
+        self.shape, self.fate, self.start_error = shape, fate, start_error
         self.state = GangState.STARTING
         self.members = [{"host": host, "pid": 1}]
         self.stop_token: str | None = None
@@ -202,7 +202,7 @@ class FakeCluster:
     def start_gang(self, shape: GangShape, num_threads: int, excluded_nodes: Collection[str] = ()) -> FakeGang:
         taken = {gang.members[0]["host"] for gang in self.gangs if gang.state is not GangState.DEAD}
         free = [host for host in self.hosts if host not in taken and host not in excluded_nodes]
-        self.gangs.append(FakeGang(self.fate, self.start_error, free[0] if self.hosts else "fake-host"))
+        self.gangs.append(FakeGang(shape, self.fate, self.start_error, free[0] if self.hosts else "fake-host"))
         return self.gangs[-1]
 
 

@@ -1,6 +1,7 @@
 """The loop that joins plan, store, gangs and search; the one place where an attempt's end becomes a state.
 
-Read ``loop``, then ``running`` (an attempt that is followed), ``snapshot`` (what is shown), ``resume``, ``provenance``.
+Read ``loop``, which is a page, then its steps: ``launching``, ``following``, ``ends``, ``stopping``. They share a
+``sweep_run``, of which ``known_trials``, ``gang_pool`` and ``running`` (an attempt that is followed) are the parts.
 """
 
 from orchestrator.controller.lease_holder import is_dead

@@ -1,37 +1,64 @@
-"""What a gang is asked to do: the attempt's spec, from the sweep, the trial and the point it resumes at."""
+"""A trial onto a gang: claimed in the store, the point it resumes at, and the spec of what the gang is asked to do."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from models import run_dir
 from models.run_dir import AttemptSpec
-from orchestrator.controller.resume import ResumePoint
-from orchestrator.gang import GangShape
-from orchestrator.store import AttemptRow, TrialRow
-from orchestrator.sweep import Sweep
+from orchestrator.controller.provenance import data_hashes, provenance
+from orchestrator.controller.resume import ResumePoint, curve_until, recover_records, resume_point
+from orchestrator.controller.running import RunningAttempt, trial_name
+from orchestrator.controller.sweep_run import SweepRun
+from orchestrator.gang import Gang, GangEnd
+from orchestrator.store import AttemptRow, TrialRow, TrialTaken
 
 CHECKPOINTS_A_TRIAL = 10
 
 
-def attempt_spec(
-    sweep: Sweep,
-    shape: GangShape,
-    home: Path,
-    trial: TrialRow,
-    row: AttemptRow,
-    resume: ResumePoint,
-    micro_batch_sequences: int,
-) -> AttemptSpec:
+def launch(run: SweepRun, gang: Gang, trial: TrialRow) -> tuple[RunningAttempt, GangEnd | None] | None:
+    """The attempt, and its end if it could not begin; None when another sweep that shares the trial runs it now."""
+    directory = run_dir.trial_dir(run.home, trial.fingerprint)
+    earlier = run.store.attempts(trial.fingerprint)
+    resume = resume_point(directory, earlier)
+    recover_records(run.store, run.lease, directory, earlier, resume.step)
+    try:
+        row = run.store.start_attempt(
+            run.lease,
+            trial.fingerprint,
+            layout=gang.shape.layout,
+            provenance={**provenance(), **data_hashes(trial.config)},
+            resume_step=resume.step,
+            resumed_from=resume.attempt,
+        )
+    except TrialTaken:
+        return None
+    run.store.set_hosts(run.lease, row, [member["host"] for member in gang.members])
+    spec = attempt_spec(run, gang, trial, row, resume)
+    run.search.ask(trial.fingerprint, curve_until(run.store, trial.fingerprint, resume.step))
+    attempt = RunningAttempt(trial, row, spec, gang)
+    run.running.append(attempt)
+    run.trials.note(trial, "RUNNING")
+    again = f", attempt {row.number} from step {resume.step}" if row.number > 1 else ""
+    run.view.tell(f"started   {trial_name(trial)}{again}")
+    try:
+        run_dir.write_trial_config(directory, trial.config)
+        run_dir.write_json(spec.attempt_dir / "attempt.json", spec)
+    except OSError as error:
+        return attempt, GangEnd(summary=None, error=f"{type(error).__name__}: {error}")
+    gang.launch(spec)
+    return attempt, None
+
+
+def attempt_spec(run: SweepRun, gang: Gang, trial: TrialRow, row: AttemptRow, resume: ResumePoint) -> AttemptSpec:
     """Without ``checkpoint.every_steps`` ten checkpoints over the schedule."""
+    sweep, shape = run.sweep, gang.shape
     return AttemptSpec(
         fingerprint=trial.fingerprint,
         number=row.number,
         token=row.token,
-        trial_dir=str(run_dir.trial_dir(home, trial.fingerprint)),
-        data_dir=str(home / "data"),
+        trial_dir=str(run_dir.trial_dir(run.home, trial.fingerprint)),
+        data_dir=str(run.home / "data"),
         layout=shape.layout,
-        micro_batch_sequences=micro_batch_sequences,
+        micro_batch_sequences=run.micro_batches[trial.fingerprint],
         device=shape.device,
         backend=sweep.resources.backend,
         resume_checkpoint=None if resume.checkpoint is None else str(resume.checkpoint),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -54,14 +53,20 @@ class RunningAttempt:
         self.last = record
         self._recent_seconds.append(self.trial.config.train.batch_tokens / record.tokens_per_second)
 
-    def note(self, progress: tuple[int, int]) -> None:
+    def note(self, progress: tuple[int, int], now: float) -> None:
         """Bytes of metrics and micro-batches that the attempt has behind it."""
         if progress != self._progress:
-            self._progress, self._heard_at = progress, time.monotonic()
+            self._progress, self._heard_at = progress, now
 
-    def silent_seconds(self) -> float:
+    def silent_seconds(self, now: float) -> float:
         """Since the attempt was last heard of; 0 before its first micro-batch: preparing data may take long."""
-        return 0.0 if self._heard_at is None else time.monotonic() - self._heard_at
+        return 0.0 if self._heard_at is None else now - self._heard_at
+
+    def ask_to_stop(self, wish: Wish) -> None:
+        """To checkpoint after its step and end; who asked first stays the reason."""
+        if self.wish is None:
+            self.wish = wish
+            self.gang.stop(self.row.token)
 
     def patience_seconds(self, retry: RetryConfig) -> float:
         return max(retry.hang_seconds, retry.hang_steps * (self.step_seconds() or 0.0))

@@ -1,0 +1,69 @@
+"""The end of an attempt: its consequence into the store, the search and the view, and what becomes of its gang."""
+
+from __future__ import annotations
+
+from models import run_dir
+from orchestrator.controller.running import RunningAttempt
+from orchestrator.controller.sweep_run import SweepRun
+from orchestrator.failures import DISK_FULL, PREEMPTED, Consequence, Ending, consequence
+from orchestrator.gang import GangEnd
+from orchestrator.store import FinishedIsFinal, TrialRow
+
+
+def end_attempt(run: SweepRun, attempt: RunningAttempt, end: GangEnd) -> None:
+    """The one place where an attempt's end becomes a state."""
+    log_tail = run_dir.log_tail(attempt.spec.attempt_dir, end.rank) if end.summary is None else None
+    result = _consequence(run, attempt, end, log_tail or "")
+    run.running.remove(attempt)
+    try:
+        run.store.end_attempt(
+            run.lease,
+            attempt.row,
+            state=result.state,
+            cause=result.cause,
+            reason=result.reason,
+            end_step=result.end_step,
+            summary=end.summary,
+            log_tail=log_tail,
+        )
+    except FinishedIsFinal as taken:
+        # This controller slept past its lease, and another sweep that shares the trial has taken it over.
+        run.pool.lose(attempt.gang, f"{attempt.name} is no longer ours: {taken}")
+        return
+    run.trials.not_before[attempt.trial.fingerprint] = run.clock.monotonic() + result.delay_seconds
+    if result.cause == DISK_FULL:
+        run.disk.was_full()
+    run.trials.note(attempt.trial, result.state)
+    _tell(run, attempt, result)
+    _judge_gang(run, attempt, end, result)
+    run.mirror.nudge()
+
+
+def _consequence(run: SweepRun, attempt: RunningAttempt, end: GangEnd, log_tail: str) -> Consequence:
+    attempts = run.store.attempts(attempt.trial.fingerprint)
+    earlier = [one for one in attempts if attempt.trial.reopened_after < one.number < attempt.row.number]
+    ending = Ending(end.summary, end.error, end.rank_died, attempt.wish, end.exit_code, log_tail)
+    return consequence(ending, earlier, run.sweep.retry)
+
+
+def _tell(run: SweepRun, attempt: RunningAttempt, result: Consequence) -> None:
+    loss = _final_loss(run, attempt.trial) if result.state == "COMPLETE" else None
+    if result.state not in ("WAITING", "CANCELED"):
+        told = (result.state, loss, result.cause, result.reason, result.end_step)
+        run.search.tell(attempt.trial.fingerprint, *told)
+    run.view.tell(attempt.ended_line(result, loss))
+
+
+def _final_loss(run: SweepRun, trial: TrialRow) -> float | None:
+    """The last validation on the slice."""
+    measured = [row for row in run.store.curve(trial.fingerprint).validations if row.split == "slice"]
+    return measured[-1].loss_nats if measured else None
+
+
+def _judge_gang(run: SweepRun, attempt: RunningAttempt, end: GangEnd, result: Consequence) -> None:
+    """Whatever went wrong, the other ranks may hang in a collective and the process may be poisoned."""
+    if end.summary is None:
+        run.pool.blame(attempt.gang, end.rank, result.host_faults, result.cause)
+        run.pool.lose(attempt.gang, f"gang dismissed, after attempt {attempt.row.number} of {attempt.name}")
+    elif result.cause == PREEMPTED:
+        run.pool.lose(attempt.gang, f"gang dismissed: its host is being taken away ({result.reason})")

@@ -1,0 +1,39 @@
+"""What the parts of the controller share: a sweep that is being run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from orchestrator.controller.clock import Clock
+from orchestrator.controller.disk import DiskWatch
+from orchestrator.controller.gang_pool import GangPool
+from orchestrator.controller.known_trials import KnownTrials
+from orchestrator.controller.running import RunningAttempt
+from orchestrator.controller.snapshot import View
+from orchestrator.search import Search
+from orchestrator.store import Lease, Store
+from orchestrator.sweep import Sweep
+from orchestrator.tracking import Mirror
+
+
+@dataclass
+class SweepRun:
+    """One sweep in the hands of one controller."""
+
+    sweep: Sweep
+    sweep_id: int
+    lease: Lease
+    store: Store
+    mirror: Mirror
+    home: Path
+    view: View
+    clock: Clock
+    pool: GangPool
+    search: Search
+    trials: KnownTrials
+    disk: DiskWatch
+    micro_batches: Mapping[str, int]
+    """Sequences that a rank takes at once, by fingerprint."""
+    running: list[RunningAttempt] = field(default_factory=list)
