@@ -51,6 +51,10 @@ class TableFormat(StrEnum):
     MARKDOWN = "markdown"
 
 
+class AgainstWhat(StrEnum):
+    PAPER = "paper"
+
+
 @app.command()
 def plan(file: File, overrides: Overrides = None) -> None:
     """Print every trial, its parameters and FLOPs, and the refusals. Starts nothing, writes nothing."""
@@ -90,8 +94,15 @@ def results(
         bool,
         typer.Option("--diagnostics", help="Instead: gate score, M-Act, F-Attn and loss spikes of each arm."),
     ] = False,
+    against: Annotated[
+        AgainstWhat | None,
+        typer.Option("--against", help="Instead: the paper's claims beside the measured effects, each marked."),
+    ] = None,
 ) -> None:
     """The verdict table of a sweep."""
+    if against is not None:
+        _print_against(sweep, format)
+        return
     if diagnostics:
         _print_mechanism(sweep, format)
         return
@@ -106,6 +117,19 @@ def results(
             TableFormat.MARKDOWN: report.to_markdown,
         }[format]
         sys.stdout.write(render(table))
+
+
+def _print_against(sweep: str, format: TableFormat) -> None:
+    with existing_store() as store:
+        found = report.against_paper(store, sweep)
+    if format is TableFormat.TABLE:
+        console.print(report.AgainstView(found))
+    elif format is TableFormat.JSON:
+        sys.stdout.write(report.against_to_json(found))
+    elif format is TableFormat.MARKDOWN:
+        sys.stdout.write(report.against_to_markdown(found))
+    else:
+        raise UserError(f"results --against paper: got --format {format.value}; allowed: table, json, markdown")
 
 
 def _print_mechanism(sweep: str, format: TableFormat) -> None:

@@ -1,5 +1,6 @@
 """Tables out of the store: results with their verdicts, plans, status. Everything printed here was computed below."""
 
+from orchestrator.report.against import Against, AgainstView, against_paper, against_to_json, against_to_markdown
 from orchestrator.report.formats import to_csv, to_json, to_markdown
 from orchestrator.report.listings import plan_table, status_table
 from orchestrator.report.measured import measured_table
@@ -16,6 +17,8 @@ from orchestrator.report.terminal import ResultsView, to_text
 from orchestrator.report.tree import ArmRow, Results, SweepHeading, TrialResult, VerdictTable
 
 __all__ = [
+    "Against",
+    "AgainstView",
     "ArmRow",
     "Mechanism",
     "MechanismView",
@@ -24,6 +27,9 @@ __all__ = [
     "SweepHeading",
     "TrialResult",
     "VerdictTable",
+    "against_paper",
+    "against_to_json",
+    "against_to_markdown",
     "measured_table",
     "mechanism",
     "mechanism_to_csv",

@@ -43,6 +43,8 @@ class Spread:
     mean: float | None
     sd: float | None
     trials: tuple[str, ...]
+    values: tuple[float, ...] = ()
+    """A number a trial, in their order; empty when one is missing."""
 
     @classmethod
     def of(cls, values: Sequence[float | None], trials: Sequence[TrialMechanism]) -> Spread:
@@ -52,6 +54,7 @@ class Spread:
             mean=fmean(known) if whole else None,
             sd=stdev(known) if whole and len(known) > 1 else None,
             trials=tuple(trial.fingerprint for trial in trials),
+            values=tuple(known) if whole else (),
         )
 
 
