@@ -531,9 +531,18 @@ def test_logs_print_what_a_rank_said(ran: Gatesweep, folder: Path):
     assert "has attempts [1], not 9" in ran("logs", one, "--attempt", "9").err
 
 
+def test_diff_shows_how_two_trials_differ(ran: Gatesweep):
+    found = json.loads(ran("query", "SELECT fingerprint FROM results WHERE seed = 1", "--format", "json").out)
+    first, second = (one["fingerprint"] for one in found[:2])
+    told = json.loads(ran("diff", first[:10], second, "--format", "json").out)
+    assert "gate.position" in [one["key"] for one in told["config"]]
+    assert "gate.position" in ran("diff", first, second).out
+    assert "no trial has the fingerprint nothing" in ran("diff", first, "nothing").err
+
+
 # -- help, and the environment ----------------------------------------------------------------------------------
 
-VERBS = ("plan", "run", "status", "results", "query", "rerun", "cancel", "set", "logs", "ui")
+VERBS = ("plan", "run", "status", "results", "query", "rerun", "cancel", "set", "logs", "diff", "ui")
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 from orchestrator import report
-from orchestrator.cli import control, data_verbs, trained
+from orchestrator.cli import control, data_verbs, trace, trained
 from orchestrator.cli.home import Home, existing_store, has_store
 from orchestrator.plan import expand
 from orchestrator.store import Store
@@ -34,6 +34,7 @@ errors = Console(stderr=True)
 
 control.register(app, console)
 trained.register(app, console)
+trace.register(app, console)
 
 USER_ERROR_EXIT = 2
 

@@ -1,6 +1,7 @@
 """Tables out of the store: results with their verdicts, plans, status. Everything printed here was computed below."""
 
 from orchestrator.report.against import Against, AgainstView, against_paper, against_to_json, against_to_markdown
+from orchestrator.report.differences import DifferencesView, TrialDifferences, differences, differences_to_json
 from orchestrator.report.formats import to_csv, to_json, to_markdown
 from orchestrator.report.listings import plan_table, status_table
 from orchestrator.report.measured import measured_table
@@ -20,16 +21,20 @@ __all__ = [
     "Against",
     "AgainstView",
     "ArmRow",
+    "DifferencesView",
     "Mechanism",
     "MechanismView",
     "Results",
     "ResultsView",
     "SweepHeading",
+    "TrialDifferences",
     "TrialResult",
     "VerdictTable",
     "against_paper",
     "against_to_json",
     "against_to_markdown",
+    "differences",
+    "differences_to_json",
     "measured_table",
     "mechanism",
     "mechanism_to_csv",
