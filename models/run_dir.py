@@ -7,8 +7,9 @@
         metrics.jsonl                one record a line: steps, validations and diagnostics, in order
         log-rank<r>.txt              what a rank said
         stacks-rank<r>.txt           what it was doing, when the attempt hung
-        checkpoints/step_<n>/        complete once it has this name; written aside before
-        summary.json                 how the attempt ended, by its own account; written last, atomically
+        checkpoints/step_<n>/        complete once it has this name; written aside before, while training goes on
+        summary.json                 how the attempt ended, by its own account; written last, atomically, when the
+                                     last checkpoint stands
 
 Non-finite numbers are written as null, with ``nonfinite`` saying so: a missing number is never 0.
 """
@@ -235,6 +236,12 @@ def complete_checkpoints(attempt_dir: Path) -> Iterator[tuple[int, Path]]:
     paths = sorted(folder.glob("step_" + "[0-9]" * 8), reverse=True) if folder.exists() else []
     for path in paths:
         yield int(path.name.removeprefix("step_")), path
+
+
+def resumed_checkpoints(trial_dir: Path) -> set[Path]:
+    """Those that attempts of the trial were told to go on from."""
+    specs = [read_attempt_spec(path.parent) for path in (trial_dir / "attempts").glob("[0-9]*-*/attempt.json")]
+    return {Path(spec.resume_checkpoint) for spec in specs if spec.resume_checkpoint is not None}
 
 
 def latest_checkpoint(trial_dir: Path) -> tuple[int, Path] | None:

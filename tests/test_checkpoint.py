@@ -1,10 +1,13 @@
 """Killed and resumed equals undisturbed, bit for bit; a checkpoint that has its name is whole."""
 
+import functools
 import json
 import os
 import re
 import shutil
 import signal
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -129,7 +132,10 @@ def die_after(num_steps, end=None):
     return should_stop
 
 
-def kill():
+def kill_after_writing(checkpoint):
+    """The end of a process whose background has just made ``checkpoint`` visible."""
+    while not checkpoint.exists():
+        time.sleep(0.01)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -137,7 +143,8 @@ def killed_by_a_signal(rank, folder, home, trial):
     from models.trainer import World, train
 
     spec = new_attempt(home, trial, checkpoint_every_steps=2)
-    train(spec, World.join(rank, Layout(), "cpu", f"file://{folder}/meet"), die_after(5, kill))
+    end = functools.partial(kill_after_writing, run_dir.checkpoint_path(spec.attempt_dir, 4))
+    train(spec, World.join(rank, Layout(), "cpu", f"file://{folder}/meet"), die_after(5, end))
 
 
 def test_a_cold_process_killed_and_a_warm_one_that_goes_on_are_an_undisturbed_run(world, corpus, tmp_path):
@@ -173,13 +180,179 @@ def test_a_step_is_saved_once_when_a_stop_and_a_checkpoint_fall_together(world, 
     from models import checkpoint
     from models.trainer import train
 
-    saved = []
+    saved, save = [], checkpoint.Saver.save
     monkeypatch.setattr(
-        checkpoint, "save", lambda *arguments, save=checkpoint.save: saved.append(arguments[1]) or save(*arguments)
+        checkpoint.Saver, "save", lambda saver, step, *state: saved.append(step) or save(saver, step, *state)
     )
     spec = new_attempt(tmp_path, corpus_trial(corpus, steps=STEPS), checkpoint_every_steps=2)
     assert train(spec, world, stop_after(2)).outcome == "stopped"
     assert saved == [2]
+
+
+def test_a_checkpoint_is_written_while_training_goes_on_and_is_of_its_step(world, corpus, tmp_path, monkeypatch):
+    """The writer is held up until the step after the next one: no byte of those steps is in it."""
+    from models.checkpoint import saving
+    from models.trainer import train
+
+    trial, stand_by = corpus_trial(corpus, GATES["sdpa"], STEPS), threading.Event()
+    whole = new_attempt(tmp_path / "whole", trial)
+    train(whole, world, stop_after(2))
+    written = saving._write_common
+    monkeypatch.setattr(saving, "_write_common", lambda *given: stand_by.wait(60) and written(*given))
+    seen = []
+
+    def look():
+        seen.append([step for step, _ in run_dir.complete_checkpoints(spec.attempt_dir)])
+        if len(seen) == 4:
+            stand_by.set()
+        return False
+
+    spec = new_attempt(tmp_path, trial, checkpoint_every_steps=2, keep_checkpoints=3, final_checkpoint=True)
+    train(spec, world, look)
+    assert seen[:4] == [[], [], [], []]
+    assert [step for step, _ in run_dir.complete_checkpoints(spec.attempt_dir)] == [6, 4, 2]
+    assert_same_tensors(*(run_dir.checkpoint_path(one.attempt_dir, 2) for one in (whole, spec)))
+
+
+def test_a_trial_that_is_measured_is_complete_when_its_last_checkpoint_stands(world, corpus, tmp_path, monkeypatch):
+    """Meanwhile the next one trains in the same process; and its numbers are those of a cold one."""
+    from models.checkpoint import saving
+    from models.trainer import start, train
+
+    trial, stand_by = corpus_trial(corpus, steps=STEPS), threading.Event()
+    first = new_attempt(tmp_path / "first", trial, final_checkpoint=True)
+    written = saving._write_common
+    monkeypatch.setattr(saving, "_write_common", lambda *given: stand_by.wait(60) and written(*given))
+    landing = start(first, world)
+    second = new_attempt(tmp_path / "second", trial)
+    next_one = start(second, world)
+    assert not landing.done()
+    assert run_dir.read_summary(first.attempt_dir) is None
+    assert not list(run_dir.complete_checkpoints(first.attempt_dir))
+    stand_by.set()
+    assert landing.result() == summary_of(first)
+    assert next_one.result() == summary_of(second)
+    assert [step for step, _ in run_dir.complete_checkpoints(first.attempt_dir)] == [STEPS]
+    assert everything(first) == everything(second)
+    assert run_dir.log_path(first.attempt_dir, 0).read_text().count("ended complete") == 1
+    train(new_attempt(tmp_path / "third", trial), world)  # the writer is in order
+
+
+def test_a_last_checkpoint_that_cannot_be_written_makes_its_own_trial_an_error(world, corpus, tmp_path, monkeypatch):
+    """Not the next one, which trains on in the same process."""
+    from models.checkpoint import saving
+    from models.trainer import start, train
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    trial = corpus_trial(corpus, steps=STEPS)
+    with monkeypatch.context() as patch:
+        patch.setattr(saving, "_write_common", full)
+        first = new_attempt(tmp_path / "first", trial, final_checkpoint=True)
+        landing = start(first, world)
+        world.writer.wait()
+    second = new_attempt(tmp_path / "second", trial, final_checkpoint=True)
+    assert train(second, world).outcome == "complete"
+    with pytest.raises(OSError, match=r"could not be written: .*No space left on device"):
+        landing.result()
+    assert summary_of(first).outcome == "error"
+    assert "No space left on device" in run_dir.log_path(first.attempt_dir, 0).read_text()
+    assert "No space left" not in run_dir.log_path(second.attempt_dir, 0).read_text()
+
+
+def test_a_failed_write_ends_the_attempt_soon(world, corpus, tmp_path, monkeypatch):
+    from models.checkpoint import saving
+    from models.trainer import train
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(saving, "_write_common", full)
+    spec = new_attempt(tmp_path, corpus_trial(corpus, steps=40), checkpoint_every_steps=2)
+    with pytest.raises(OSError, match="could not be written"):
+        train(spec, world, lambda: world.writer.wait() is None)
+    assert summary_of(spec).step <= 4
+
+
+def part_that_fails(rank, folder, home, trial):
+    """What each of two ranks raises when the second one's disk is full."""
+    from models.checkpoint import saving
+    from models.trainer import World, train
+
+    layout = Layout(tensor=2)
+    written = saving.written_by
+    if rank == 1:
+
+        def full(*_):
+            raise OSError(28, "No space left on device")
+
+        saving.written_by = full
+    spec = new_attempt(home, trial, layout=layout, final_checkpoint=True)
+    world = World.join(rank, layout, "cpu", f"file://{folder}/meet")
+    try:
+        train(spec, world)
+    except OSError as failure:
+        told = str(failure)
+    saving.written_by = written
+    again = new_attempt(home, trial, 2, layout=layout, final_checkpoint=True)
+    assert train(again, world).outcome == "complete"
+    world.leave()
+    return told
+
+
+def test_a_part_that_cannot_be_written_is_told_by_every_rank_that_waits_for_it(corpus, tmp_path):
+    trial = corpus_trial(corpus, steps=3)
+    first, second = ranks.run(part_that_fails, 2, tmp_path, trial)
+    assert first.startswith(f"checkpoint {new_attempt(tmp_path, trial).attempt_dir}/checkpoints/step_00000003 could ")
+    assert "rank 1: " in first
+    assert "No space left on device" in first
+    assert "No space left on device" in second
+    assert summary_of(new_attempt(tmp_path, trial)).outcome == "error"
+    again = new_attempt(tmp_path, trial, 2).attempt_dir
+    assert [step for step, _ in run_dir.complete_checkpoints(again)] == [3]
+
+
+def test_a_rank_that_is_gone_holds_up_nobody_for_ever(world, tmp_path, monkeypatch):
+    """Rank 0's thread waits for its part, and stops when the attempt has failed."""
+    from torch.distributed import HashStore
+
+    from models.checkpoint import Saver
+
+    saver = Saver(tmp_path / "attempts" / "001-test", 1, world.writer)
+    saver._num_ranks, saver._store = 2, HashStore()
+    waiting = world.writer.submit(lambda: saver._parts_of_others(tmp_path))
+    saver.abandon(0.0)
+    with pytest.raises(TimeoutError, match="rank 1 has not written its part"):
+        waiting.result()
+
+
+def test_a_torn_one_is_none_of_those_that_are_kept(world, corpus, tmp_path):
+    from models.checkpoint.retention import prune
+    from models.trainer import train
+
+    spec = new_attempt(tmp_path, corpus_trial(corpus, steps=STEPS), checkpoint_every_steps=1, keep_checkpoints=5)
+    train(spec, world)
+
+    def steps():
+        return [step for step, _ in run_dir.complete_checkpoints(spec.attempt_dir)]
+
+    assert steps() == [5, 4, 3, 2, 1]
+    cut(run_dir.checkpoint_path(spec.attempt_dir, 5) / FILES["tensors"])
+    (run_dir.checkpoint_path(spec.attempt_dir, 3) / "manifest.json").unlink()
+    prune(spec.attempt_dir, keep=3)
+    assert steps() == [5, 4, 3, 2, 1]
+    prune(spec.attempt_dir, keep=2)
+    assert steps() == [5, 4, 3, 2]
+    resumed_from = str(run_dir.checkpoint_path(spec.attempt_dir, 2))
+    new_attempt(tmp_path, corpus_trial(corpus, steps=STEPS), 2, resume_checkpoint=resumed_from, resume_step=2)
+    prune(spec.attempt_dir, keep=1)
+    assert steps() == [5, 4, 2]
+    assert not list((spec.attempt_dir / "checkpoints").glob(".*"))
+    cut(run_dir.checkpoint_path(spec.attempt_dir, 4) / FILES["tensors"])
+    cut(run_dir.checkpoint_path(spec.attempt_dir, 2) / FILES["tensors"])
+    prune(spec.attempt_dir, keep=1)
+    assert steps() == [5, 4, 2]
 
 
 def test_only_the_newest_are_kept(world, corpus, tmp_path):
@@ -196,27 +369,28 @@ def test_only_the_newest_are_kept(world, corpus, tmp_path):
 
 def test_a_half_written_folder_is_not_taken_for_a_checkpoint(world, corpus, tmp_path, monkeypatch):
     """The writer dies inside the checkpoint of step 3: step 2's stands, and the next attempt is not disturbed."""
-    from models import checkpoint
+    from models.checkpoint import saving
     from models.trainer import train
 
     trial = corpus_trial(corpus, steps=STEPS)
     spec = new_attempt(tmp_path, trial, checkpoint_every_steps=1)
-    written = checkpoint.dist_checkpointing.save
+    written = saving._write_common
     calls = []
 
-    def die_in_the_third(state, path, **options):
-        calls.append(path)
-        written(state, path, **options)
+    def die_in_the_third(common, folder):
+        calls.append(folder)
+        written(common, folder)
         if len(calls) == 3:
-            next(Path(path).glob("*.distcp")).write_bytes(b"half")
+            next(Path(folder).glob("*.distcp")).write_bytes(b"half")
             raise OSError("No space left on device")
 
-    monkeypatch.setattr(checkpoint.dist_checkpointing, "save", die_in_the_third)
+    monkeypatch.setattr(saving, "_write_common", die_in_the_third)
     with pytest.raises(OSError, match="No space left on device"):
         train(spec, world)
     assert len(list((spec.attempt_dir / "checkpoints").iterdir())) == 3
     assert [step for step, _ in run_dir.complete_checkpoints(spec.attempt_dir)] == [2, 1]
-    assert summary_of(spec).error == "OSError: No space left on device"
+    told = f"OSError: checkpoint {calls[-1].parent}/step_00000003 could not be written: No space left on device"
+    assert summary_of(spec).error == told
 
 
 def test_a_missing_or_wrong_checkpoint_is_named(world, corpus, tmp_path):
@@ -261,7 +435,9 @@ def saved_in_pieces(rank, folder, home):
             trial = whole_trial(gate, preset, seed=1)
             device.seed_everything(trial.seed, "cpu")
             chunks, optimizer = wrap(trial, layer_specs.build_chunks(trial, layout, "cpu"), "cpu")
-            checkpoint.save(home / str(number), 3, chunks, optimizer, keep=1)
+            saver = checkpoint.Saver(home / str(number), 1, world.writer)
+            saver.save(3, chunks, optimizer)
+            saver.wait()
         world.leave()
 
 
@@ -377,23 +553,24 @@ def test_another_trials_checkpoint_is_refused(world, corpus, whole, tmp_path):
 
 
 def test_all_is_on_the_disk_before_the_checkpoint_has_its_name(world, corpus, tmp_path, monkeypatch):
-    from models import checkpoint
+    from models.checkpoint import manifest, saving
     from models.trainer import train
 
     spec = new_attempt(tmp_path, corpus_trial(corpus, steps=STEPS))
     events = []
-    sync, rename = checkpoint._sync, os.replace
+    sync, rename = manifest.sync, os.replace
 
     def renamed(old, new):
         if Path(new).parent.name == "checkpoints":
             events.append("rename")
         rename(old, new)
 
-    monkeypatch.setattr(checkpoint, "_sync", lambda path: events.append(path.name) or sync(path))
-    monkeypatch.setattr(checkpoint.os, "replace", renamed)
+    for module in (manifest, saving):
+        monkeypatch.setattr(module, "sync", lambda path: events.append(path.name) or sync(path))
+    monkeypatch.setattr(saving.os, "replace", renamed)
     train(spec, world, stop_after(2))
     before, after = events[: events.index("rename")], events[events.index("rename") + 1 :]
-    assert set(before[:-2]) == set(FILES.values())
+    assert set(before[:-2]) == {*FILES.values(), "metrics.jsonl"}
     assert before[-2:] == ["manifest.json", ".step_00000002"]
     assert after == ["checkpoints"]
 

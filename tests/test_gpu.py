@@ -140,7 +140,10 @@ def fp8_run(rank, folder, trial):
     join(rank, folder)
     training, resumed = Training(trial, "transformer_engine"), Training(trial, "transformer_engine")
     losses = [training.step() for _ in range(10)]
-    path = checkpoint.save(Path(folder), 10, training.chunks, training.optimizer, 1)
+    saver = checkpoint.Saver(Path(folder), 1, checkpoint.Writer())
+    saver.save(10, training.chunks, training.optimizer)
+    saver.wait()
+    path = run_dir.checkpoint_path(Path(folder), 10)
     checkpoint.load(path, resumed.chunks, resumed.optimizer)
     return losses, training.step(), resumed.step()
 

@@ -167,7 +167,7 @@ def test_a_rank_killed_in_the_middle_costs_an_attempt_and_no_bit(
     row = home.trial(LEARNS)
     first, second = home.store.attempts(row.fingerprint)
     assert (row.state, row.num_attempts, first.cause) == ("COMPLETE", 2, "rank_died")
-    assert 40 <= second.resume_step < 200
+    assert 20 <= second.resume_step < 200  # the one of step 40 may have been in the writing
     assert second.resumed_from == 1
     assert "models.trainer" in (first.log_tail or "")
     assert home.result(LEARNS) == undisturbed[LEARNS]
@@ -262,7 +262,7 @@ def test_a_rank_that_stands_still_is_killed_and_its_trial_goes_on(
         controller.run()
     first, second = home.store.attempts(home.trial(LEARNS).fingerprint)
     assert first.cause == "hang"
-    assert second.resume_step >= 40
+    assert second.resume_step >= 20
     assert home.result(LEARNS) == undisturbed[LEARNS]
     home.store.close()
 
@@ -349,7 +349,7 @@ def test_the_program_survives_kill_9_and_ctrl_c_and_loses_and_doubles_nothing(
     """SIGKILL of the controller, the same command again, Ctrl-C, on to the end, then once more for nothing."""
     home.store.add(home.plan)
     first = gatesweep(home.folder, "run", "tiny.yaml")
-    until_steps(home, 30, first)
+    until_steps(home, 45, first)  # a save waits for the one before it: that of step 20 stands
     # The ranks stand still meanwhile: on a busy machine they would be done before the other command has started.
     with standing_still(first):
         code, out, err = finish(gatesweep(home.folder, "run", "tiny.yaml", "seeds=[1,2]"))

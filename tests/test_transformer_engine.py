@@ -14,6 +14,7 @@ import te_on_cpu
 from oracle import relative_error, token_weight
 from small_trials import KINDS, SMALL, build, small_batch, small_trial, token_losses
 
+from models import run_dir
 from models.config import GateConfig, Layout, MoEConfig, TrialConfig
 
 TOLERANCE = 1e-5
@@ -180,7 +181,10 @@ def carried_over(trial, backend, folder):
     for _ in range(2):
         writer.step()
     with device.on("cpu"):
-        path = checkpoint.save(folder, 2, [writer.model], writer.optimizer, 1)
+        saver = checkpoint.Saver(folder, 1, checkpoint.Writer())
+        saver.save(2, [writer.model], writer.optimizer)
+        saver.wait()
+        path = run_dir.checkpoint_path(folder, 2)
         assert checkpoint.load(path, [reader.model], reader.optimizer) == 2
     written, read = writer.state(), reader.state()
     assert written.keys() == read.keys()

@@ -1,6 +1,6 @@
 """One trial on one rank: build, train, write. Runs under Ray, or by hand: ``torchrun -m models.trainer DIR``."""
 
-from models.trainer.attempt import train
+from models.trainer.attempt import start, train
 from models.trainer.world import World
 
-__all__ = ["World", "train"]
+__all__ = ["World", "start", "train"]

@@ -1,12 +1,19 @@
-"""The training loop of one trial: build, resume, step, validate, write, stop."""
+"""The training loop of one trial: build, resume, step, validate, write, stop.
+
+A trial that is measured gives its ranks free at once, and *lands* a moment later: when its last checkpoint stands, by
+the rank's writing thread, its summary is written. So a summary that says complete never comes before the checkpoint.
+"""
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import statistics
 import time
+import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +33,9 @@ from models.trainer.world import World
 
 log = logging.getLogger(__name__)
 
+GRACE_SECONDS = 30.0
+"""What a failed attempt's checkpoint in the making is given to be finished."""
+
 
 class NonFinite(Exception):
     """The loss or the gradient norm of a step is not a number."""
@@ -43,19 +53,51 @@ def train(
     micro-batch, also of a validation: silence is a hang. Errors of the user's or the machine's are raised after they
     were written down.
     """
+    return start(spec, world, should_stop, beat).result()
+
+
+def start(
+    spec: AttemptSpec,
+    world: World,
+    should_stop: Callable[[], bool] = lambda: False,
+    beat: Callable[[], None] = lambda: None,
+) -> Future[Summary]:
+    """``train``, but the checkpoint of the schedule's end may still be in the writing: the result comes when it stands.
+
+    The world is free for the next attempt. Whatever else goes wrong is raised here.
+    """
     with devices.on(world.device), Journal(spec.attempt_dir, world.rank) as journal:
         attempt = _Attempt(spec, world, journal, beat)
         try:
             outcome, error = attempt.run(should_stop), None
+            if outcome == "stopped":
+                attempt.saver.wait()
         except NonFinite as stop:
             outcome, error = "nonfinite", str(stop)
-        except Exception as failure:
-            log.exception("attempt %d failed", spec.number)
-            journal.end(attempt.summary("error", f"{type(failure).__name__}: {failure}"))
+            attempt.saver.abandon(GRACE_SECONDS)
+        except BaseException as failure:
+            attempt.saver.abandon(GRACE_SECONDS)
+            if isinstance(failure, Exception):
+                log.exception("attempt %d failed", spec.number)
+                journal.write_summary(attempt.summary("error", f"{type(failure).__name__}: {failure}"))
             raise
         summary = attempt.summary(outcome, error)
-        journal.end(summary)
-        return summary
+        log.info("ended %s at step %d: %s", outcome, summary.step, error or "no error")
+        landing = functools.partial(_land, attempt.saver, journal, summary)
+        return world.writer.submit(landing)
+
+
+def _land(saver: checkpoint.Saver, journal: Journal, summary: Summary) -> Summary:
+    """In the writing thread, after the last checkpoint: write the summary, or raise what befell the checkpoint."""
+    try:
+        saver.check()
+    except Exception as failure:
+        journal.append(traceback.format_exc())
+        told = f"{type(failure).__name__}: {failure}"
+        journal.write_summary(summary.model_copy(update={"outcome": "error", "error": told}))
+        raise
+    journal.write_summary(summary)
+    return summary
 
 
 class _Attempt:
@@ -69,6 +111,7 @@ class _Attempt:
         self.step_rates: list[float] = []
         self.num_parameters: int | None = None
         self.backend: layer_specs.Backend | None = None
+        self.saver = checkpoint.Saver(spec.attempt_dir, spec.keep_checkpoints, world.writer)
 
     def run(self, should_stop: Callable[[], bool]) -> Any:
         self.trial = run_dir.read_trial_config(Path(self.spec.trial_dir))
@@ -85,6 +128,7 @@ class _Attempt:
             done = self.step == train.num_steps
             if done:
                 break
+            self.saver.check()
             stop = self.world.agree(should_stop)
             if stop or self._checkpoint_is_due():
                 self._save()
@@ -188,7 +232,7 @@ class _Attempt:
 
     def _save(self) -> None:
         if self.step > self.spec.resume_step:
-            checkpoint.save(self.spec.attempt_dir, self.step, self.chunks, self.optimizer, self.spec.keep_checkpoints)
+            self.saver.save(self.step, self.chunks, self.optimizer)
 
     def summary(self, outcome: Any, error: str | None) -> Summary:
         return Summary(

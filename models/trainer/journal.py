@@ -15,7 +15,7 @@ class Journal:
     """Appends to the attempt's files. A context: the log handler is taken off at its end."""
 
     def __init__(self, attempt_dir: Path, rank: int) -> None:
-        self.attempt_dir, self.is_writer = attempt_dir, rank == 0
+        self.attempt_dir, self.rank, self.is_writer = attempt_dir, rank, rank == 0
         attempt_dir.mkdir(parents=True, exist_ok=True)
         self._handler = logging.FileHandler(run_dir.log_path(attempt_dir, rank))
         self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
@@ -42,7 +42,12 @@ class Journal:
         self._metrics.write(run_dir.record_line(record))
         self._metrics.flush()
 
-    def end(self, summary: Summary) -> None:
-        self._log.info("ended %s at step %d: %s", summary.outcome, summary.step, summary.error or "no error")
+    def append(self, text: str) -> None:
+        """To the rank's log, also after the journal was closed: by then the logger writes into another attempt's."""
+        with run_dir.log_path(self.attempt_dir, self.rank).open("a") as stream:
+            stream.write(text)
+
+    def write_summary(self, summary: Summary) -> None:
+        """Also after the journal was closed."""
         if self.is_writer:
             run_dir.write_json(self.attempt_dir / "summary.json", summary)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from megatron.core import parallel_state
 from torch import distributed
 
 from models import device as devices
+from models.checkpoint import Writer
 from models.config import Layout
 
 
@@ -21,6 +22,8 @@ class World:
     rank: int
     layout: Layout
     device: str
+    writer: Writer = field(default_factory=Writer, compare=False)
+    """Of checkpoints. It is the gang's: a trial may end, and the next one start, while the last of one is written."""
 
     @classmethod
     def join(
@@ -55,6 +58,7 @@ class World:
         return cls(rank=rank, layout=layout, device=device)
 
     def leave(self) -> None:
+        self.writer.close()
         parallel_state.destroy_model_parallel()
         distributed.destroy_process_group()
 
