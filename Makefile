@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 # Ray's and torch's own threads would fight over a laptop's cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test test-gpu bench lint format clean
+.PHONY: quickstart test test-gpu bench bench-store lint format clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/gatesweep run sweeps/quickstart.yaml
@@ -22,6 +22,11 @@ test-gpu: $(VENV)/installed-dev
 # Ratios on this machine's CPU; gate_bandwidth.py in the same folder needs a GPU.
 bench: $(VENV)/installed-dev
 	for script in plain_gpt step_time diagnostics; do $(BIN)/python -W ignore tests/bench/$$script.py || exit 1; done
+
+# The store with 10^5 trials and 10^7 metric rows: about 3 GB in the folder for temporary files, and some minutes.
+bench-store: $(VENV)/installed-dev
+	$(BIN)/python tests/bench/store_scale.py
+	$(BIN)/python tests/bench/store_scale.py --sweeps 1
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

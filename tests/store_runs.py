@@ -18,6 +18,7 @@ from models.run_dir import DiagnosticRecord, GateScores, StepRecord, ValidationR
 from orchestrator.plan import Plan, PlannedTrial
 from orchestrator.store import (
     AttemptRow,
+    Outcome,
     Store,
 )
 from orchestrator.sweep import Sweep, VerdictConfig
@@ -155,6 +156,10 @@ class Run:
     def trial(self, fingerprint: str | None = None) -> Any:
         wanted = fingerprint or self.fingerprint
         return next(trial for trial in self.store.trials(self.sweep_id) if trial.fingerprint == wanted)
+
+    def outcome(self, fingerprint: str | None = None, tail: float = 0.1) -> Outcome:
+        wanted = fingerprint or self.fingerprint
+        return next(one for one in self.store.outcomes(self.sweep_id, tail) if one.fingerprint == wanted)
 
     def complete(self, fingerprint: str, loss: float) -> None:
         attempt = self.start(fingerprint=fingerprint)

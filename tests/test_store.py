@@ -223,12 +223,12 @@ def test_an_attempt_knows_where_it_ran(run: Run) -> None:
 def test_an_attempt_knows_its_back_end_when_it_has_ended(run: Run) -> None:
     ended = Summary(outcome="complete", step=1, resume_step=0, seconds=1.0, tokens_per_second=None)
     first = run.start()
-    assert run.store.backends(run.lease.sweep_id) == {}
+    assert run.outcome().backends == ()
     run.end(first, "WAITING", cause="killed")  # left no summary
-    assert run.store.backends(run.lease.sweep_id) == {}
+    assert run.outcome().backends == ()
     for backend in ("transformer_engine", "local"):
         run.end(run.start(), "WAITING", summary=ended.model_copy(update={"backend": backend}))
-    assert run.store.backends(run.lease.sweep_id) == {run.fingerprint: ("local", "transformer_engine")}
+    assert run.outcome().backends == ("local", "transformer_engine")
     assert [row.provenance.get("backend") for row in run.store.attempts(run.fingerprint)] == [
         None, "transformer_engine", "local",
     ]  # fmt: skip
@@ -371,15 +371,3 @@ def test_threads_read_while_another_one_writes(run: Run) -> None:
 
 def test_a_controllers_errors_are_of_one_kind() -> None:
     assert all(issubclass(error, StoreError) for error in (LeaseHeld, LeaseLost, TrialTaken, FinishedIsFinal))
-
-
-def test_layouts_are_those_of_attempts_that_a_trial_builds_on(run: Run):
-    assert run.store.layouts(run.sweep_id) == {}
-    run.end(run.start(), "WAITING")
-    assert run.store.layouts(run.sweep_id) == {run.fingerprint: (Layout(data=2),)}
-    for layout, resume_step in ((Layout(), 0), (Layout(), 5), (Layout(tensor=2), 10), (Layout(data=2), 10)):
-        attempt = run.store.start_attempt(
-            run.lease, run.fingerprint, layout=layout, provenance={}, resume_step=resume_step
-        )
-        run.end(attempt, "WAITING")
-    assert run.store.layouts(run.sweep_id) == {run.fingerprint: (Layout(), Layout(data=2))}

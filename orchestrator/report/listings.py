@@ -27,7 +27,7 @@ from orchestrator.report.tree import STATES
 
 if TYPE_CHECKING:
     from orchestrator.plan import Plan, PlannedTrial, Refusal
-    from orchestrator.store import Store, SweepRow, TrialRow
+    from orchestrator.store import Store, SweepRow
 
 NUM_EVENTS = 3
 NUM_FAILED = 5
@@ -176,26 +176,25 @@ def status_table(store: Store) -> RenderableType:
     sweeps = store.sweeps()
     if not sweeps:
         return Text("the store holds no sweep yet; start one with: gatesweep run FILE")
-    trials = {sweep.name: store.trials(sweep.id) for sweep in sweeps}
-    states = {name: Counter(trial.state for trial in of_sweep) for name, of_sweep in trials.items()}
-    shown = [state for state in STATES if any(counts[state] for counts in states.values())]
+    states = store.num_by_state()
+    shown = [state for state in STATES if any(state in counts for counts in states.values())]
     rows: list[tuple[str, ...]] = []
     parts: list[RenderableType] = []
     for sweep in sweeps:
-        holder = store.lease_holder(sweep.id)
-        counts = (f"{states[sweep.name][state]:,}" for state in shown)
-        rows.append((sweep.name, *counts, f"{len(trials[sweep.name]):,}", NOTHING if holder is None else holder[0]))
+        holder, of_sweep = store.lease_holder(sweep.id), states.get(sweep.id, {})
+        counts = (f"{of_sweep.get(state, 0):,}" for state in shown)
+        rows.append((sweep.name, *counts, f"{sum(of_sweep.values()):,}", NOTHING if holder is None else holder[0]))
         parts += [
             *_excluded_hosts(store, sweep),
             *_last_events(store, sweep),
-            *_failed_trials(store, sweep, trials[sweep.name]),
+            *_failed_trials(store, sweep, of_sweep.get("FAILED", 0)),
         ]
     headings = ("sweep", *(state.lower() for state in shown), "all", "run by")
     return Group(_Listing(headings, tuple(rows)), *parts)
 
 
 def _last_events(store: Store, sweep: SweepRow) -> list[Text]:
-    events = store.events(sweep.id)[-NUM_EVENTS:]
+    events = store.events(sweep.id, last=NUM_EVENTS)
     lines = [f"  {event.at:%Y-%m-%d %H:%M:%S} UTC  {event.kind}: {event.message}" for event in events]
     return [Text(""), Text(f"{sweep.name}: last events", style="bold"), *map(Text, lines)] if lines else []
 
@@ -203,24 +202,22 @@ def _last_events(store: Store, sweep: SweepRow) -> list[Text]:
 def _excluded_hosts(store: Store, sweep: SweepRow) -> list[Text]:
     from orchestrator.store import HOST_EXCLUDED
 
-    hosts = [event.message for event in store.events(sweep.id) if event.kind == HOST_EXCLUDED]
+    hosts = [event.message for event in store.events(sweep.id, kind=HOST_EXCLUDED)]
     title = Text(f"{sweep.name}: {plural(len(hosts), 'excluded host')}", style="bold red")
     return [Text(""), title, *(Text(f"  {host}") for host in hosts)] if hosts else []
 
 
-def _failed_trials(store: Store, sweep: SweepRow, trials: list[TrialRow]) -> list[Text]:
-    failed = [trial for trial in trials if trial.state == "FAILED"]
-    if not failed:
+def _failed_trials(store: Store, sweep: SweepRow, number: int) -> list[Text]:
+    if not number:
         return []
-    parts = [Text(""), Text(f"{sweep.name}: {plural(len(failed), 'failed trial')}", style="bold red")]
-    for trial in failed[:NUM_FAILED]:
+    parts = [Text(""), Text(f"{sweep.name}: {plural(number, 'failed trial')}", style="bold red")]
+    for trial in store.failed(sweep.id, NUM_FAILED):
         axes = f", {axes_text(trial.axes)}" if trial.axes else ""
         parts.append(Text(f"  {trial.fingerprint}  {trial.arm}{axes}, seed {trial.seed}"))
         parts.append(Text(f"    {trial.cause or 'cause unknown'}: {trial.reason or 'no reason recorded'}"))
-        attempts = store.attempts(trial.fingerprint)
-        log = (attempts[-1].log_tail or "") if attempts else ""
-        parts += [Text(f"    | {line}", style="dim") for line in log.splitlines()[-NUM_LOG_LINES:]]
-    if len(failed) > NUM_FAILED:
-        parts.append(Text(f"  and {len(failed) - NUM_FAILED:,} more"))
+        log = (trial.log_tail or "").splitlines()[-NUM_LOG_LINES:]
+        parts += [Text(f"    | {line}", style="dim") for line in log]
+    if number > NUM_FAILED:
+        parts.append(Text(f"  and {number - NUM_FAILED:,} more"))
     parts.append(Text(f"  once mended: gatesweep rerun {sweep.name} --failed"))
     return parts

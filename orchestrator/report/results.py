@@ -1,15 +1,12 @@
 """A stored sweep's results: the one place that knows how the store tells them.
 
-The surprise: a trial's numbers count only when its state is COMPLETE in the sweep's own list of trials, which is read
-first. A trial that ends in between still counts as unfinished, never as complete without a loss.
+All is read in one snapshot: a trial that ends meanwhile is unfinished here, never complete without a loss.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from models.accounting import utilisation
@@ -22,7 +19,7 @@ from orchestrator.sweep import ResourcesConfig, VerdictConfig
 from orchestrator.verdict import Design, Looks
 
 if TYPE_CHECKING:
-    from orchestrator.store import Store, SweepRow, TailRow, TrialRow
+    from orchestrator.store import Outcome, Store, SweepRow
 
 
 def results(store: Store, sweep_name: str) -> Results:
@@ -120,64 +117,56 @@ def _axes(settings: Mapping[str, Any]) -> tuple[tuple[str, ...], frozenset[str]]
 
 
 def _trial_results(store: Store, sweep: SweepRow, tail: float) -> list[TrialResult]:
-    """The trials, with what was measured of them: the documented view ``results``, and the tail of the schedule."""
-    trials = store.trials(sweep.id)
-    measured = {row["fingerprint"]: row for row in store.frame("results", sweep=sweep.name).to_dict("records")}
-    tails = {(row.fingerprint, row.split): row for row in store.tails(sweep.id, tail)}
-    backends, layouts = store.backends(sweep.id), store.layouts(sweep.id)
     resources = ResourcesConfig.model_validate(sweep.settings.get("resources") or {})
-    return [
-        replace(
-            _trial_result(trial, measured.get(trial.fingerprint, {}), tails, sweep.name, resources),
-            backends=backends.get(trial.fingerprint, ()),
-            layouts=tuple(map(_layout, layouts.get(trial.fingerprint, ()))),
-        )
-        for trial in trials
-    ]
+    peaks: dict[str, float | None] = {}
+    layouts: dict[int, str] = {}
+    found = []
+    for outcome in store.outcomes(sweep.id, tail):
+        if outcome.precision not in peaks:
+            peaks[outcome.precision] = resources.rank_peak_flops(outcome.precision)
+        # What another sweep trained may have run on other devices.
+        trained_in = outcome.trained_in if outcome.trained_in != sweep.name else None
+        peak = peaks[outcome.precision] if trained_in is None else None
+        found.append(_trial_result(outcome, trained_in, peak, resources.layout.world_size, layouts))
+    return found
 
 
-def _layout(layout: Layout) -> str:
-    """What differs from one rank, as the sweep file names it."""
-    set_fields = layout.model_dump(exclude_defaults=True)
-    return ", ".join(f"{name} {value}" for name, value in set_fields.items()) or "one rank"
+def _layout(values: Mapping[str, Any], known: dict[int, str]) -> str:
+    """What differs from one rank, as the sweep file names it. ``known``: by the identity of shared values."""
+    if id(values) not in known:
+        set_fields = Layout.model_validate(values).model_dump(exclude_defaults=True)
+        known[id(values)] = ", ".join(f"{name} {value}" for name, value in set_fields.items()) or "one rank"
+    return known[id(values)]
 
 
 def _trial_result(
-    trial: TrialRow,
-    measured: Mapping[Any, Any],
-    tails: Mapping[tuple[str, str], TailRow],
-    sweep_name: str,
-    resources: ResourcesConfig,
+    outcome: Outcome, trained_in: str | None, peak: float | None, num_ranks: int, layouts: dict[int, str]
 ) -> TrialResult:
-    is_complete = trial.state == "COMPLETE"
-    on_slice, on_all = (tails.get((trial.fingerprint, split)) if is_complete else None for split in ("slice", "full"))
-    trained_in = measured.get("trained_in")
-    trained_in = trained_in if isinstance(trained_in, str) and trained_in != sweep_name else None
-    speed, train = measured.get("tokens_per_second"), trial.config.train
-    tokens_per_second = float(speed) if is_complete and speed is not None and math.isfinite(speed) else None
-    flops_per_token = trial.training_flops / (train.num_steps * train.batch_tokens)
+    on_slice, on_all = outcome.tails.get("slice"), outcome.tails.get("full")
+    tokens_per_second = outcome.tokens_per_second if outcome.state == "COMPLETE" else None
+    flops_per_token = outcome.training_flops / (outcome.num_steps * outcome.batch_tokens)
     flops_per_second = None if tokens_per_second is None else tokens_per_second * flops_per_token
-    # What another sweep trained may have run on other devices.
-    peak = resources.rank_peak_flops(trial.config.precision) if trained_in is None else None
     return TrialResult(
-        fingerprint=trial.fingerprint,
-        arm=trial.arm,
-        axes=trial.axes,
-        lr=trial.config.train.lr,
-        seed=trial.seed,
-        state=trial.state,
-        cause=trial.cause,
-        reason=trial.reason,
-        num_parameters=trial.num_parameters,
-        training_flops=trial.training_flops,
-        num_attempts=trial.num_attempts,
+        fingerprint=outcome.fingerprint,
+        arm=outcome.arm,
+        axes=outcome.axes,
+        lr=outcome.lr,
+        seed=outcome.seed,
+        state=outcome.state,
+        cause=outcome.cause,
+        reason=outcome.reason,
+        num_parameters=outcome.num_parameters,
+        training_flops=int(outcome.training_flops),
+        num_attempts=outcome.num_attempts,
         slice_loss_nats=None if on_slice is None else on_slice.loss_nats,
         slice_bits_per_byte=None if on_slice is None else on_slice.bits_per_byte,
         full_loss_nats=None if on_all is None else on_all.loss_nats,
         full_bits_per_byte=None if on_all is None else on_all.bits_per_byte,
         num_tail_points=0 if on_slice is None else on_slice.num_points,
         tokens_per_second=tokens_per_second,
+        layouts=tuple([_layout(values, layouts) for values in outcome.layouts]),
+        backends=outcome.backends,
         flops_per_second=flops_per_second,
-        utilisation=utilisation(flops_per_second, peak, resources.layout.world_size),
+        utilisation=utilisation(flops_per_second, peak, num_ranks),
         trained_in=trained_in,
     )

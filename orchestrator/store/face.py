@@ -9,12 +9,24 @@ from sqlalchemy import Connection, update
 
 from models.config import Layout
 from models.run_dir import Record, Summary
-from orchestrator.store import attempts, query, reader, schema, submission
+from orchestrator.store import attempts, outcomes, query, reader, schema, submission
 from orchestrator.store import lease as leases
 from orchestrator.store.engine import make_engine, parse_url, reading, writing
 from orchestrator.store.migrate import migrate
 from orchestrator.store.query import View
-from orchestrator.store.rows import Added, AttemptRow, Curve, EventRow, LayerRow, Lease, SweepRow, TailRow, TrialRow
+from orchestrator.store.rows import (
+    Added,
+    AttemptRow,
+    Curve,
+    EventRow,
+    FailedRow,
+    LayerRow,
+    Lease,
+    Outcome,
+    SweepRow,
+    TailRow,
+    TrialRow,
+)
 from orchestrator.sweep import UserError
 
 if TYPE_CHECKING:
@@ -77,6 +89,18 @@ class Store:
         """The sweep's current trials, by position."""
         return self._read(reader.trials, sweep_id)
 
+    def outcomes(self, sweep_id: int, tail: float) -> list[Outcome]:
+        """The sweep's current trials by position with what was measured of them, fast: what its tables are made of."""
+        return self._read(outcomes.outcomes, sweep_id, tail)
+
+    def num_by_state(self) -> dict[int, dict[str, int]]:
+        """By sweep, how many of its current trials are in which state."""
+        return self._read(outcomes.num_by_state)
+
+    def failed(self, sweep_id: int, limit: int) -> list[FailedRow]:
+        """The first trials of the sweep that FAILED, by position."""
+        return self._read(outcomes.failed, sweep_id, limit)
+
     def reopen(self, sweep_id: int, fingerprints: Sequence[str]) -> int:
         """FAILED and CANCELED trials wait again; returns how many."""
         return self._write(attempts.reopen, sweep_id, fingerprints)
@@ -110,14 +134,6 @@ class Store:
     def adopt_orphans(self, lease: Lease) -> list[str]:
         """The same for shared trials that another sweep's controller left, whose lease has run out."""
         return self._write(attempts.adopt_orphans, lease)
-
-    def backends(self, sweep_id: int) -> dict[str, tuple[str, ...]]:
-        """By fingerprint, the back ends that the attempts of a sweep's trials took, as far as they said."""
-        return self._read(reader.backends, sweep_id)
-
-    def layouts(self, sweep_id: int) -> dict[str, tuple[Layout, ...]]:
-        """By fingerprint, the layouts that a sweep's trials were trained on, one after the other."""
-        return self._read(reader.layouts, sweep_id)
 
     def attempts(self, fingerprint: str) -> list[AttemptRow]:
         """Oldest first."""
@@ -166,9 +182,11 @@ class Store:
     ) -> None:
         self._write(submission.add_event, sweep_id, kind, message, fingerprint, attempt)
 
-    def events(self, sweep_id: int | None = None, after: int = 0) -> list[EventRow]:
-        """Events with an id above ``after``, oldest first."""
-        return self._read(reader.events, sweep_id, after)
+    def events(
+        self, sweep_id: int | None = None, after: int = 0, *, kind: str | None = None, last: int | None = None
+    ) -> list[EventRow]:
+        """Events with an id above ``after``, oldest first; only those of one kind, or the ``last`` so many."""
+        return self._read(reader.events, sweep_id, after, kind, last)
 
     def curve(self, fingerprint: str, after: tuple[int, int] | None = None) -> Curve:
         """A trial's history by the reader's rule. ``after`` = (attempt, step) gives only newer steps; validations

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import quote
 
+from orchestrator.store.engine import READING_PRAGMAS
 from orchestrator.sweep import UserError
 
 if TYPE_CHECKING:
@@ -71,7 +72,8 @@ def _allow_reads(action: int, name: str | None, *_: object) -> int:
 def _run_sqlite(engine: Engine, sql: str, parameters: Sequence[str], seconds: float) -> Table:
     connection = sqlite3.connect(f"file:{quote(str(engine.url.database))}?mode=ro", uri=True, timeout=seconds)
     try:
-        connection.execute("PRAGMA query_only = ON")
+        for pragma in ("PRAGMA query_only = ON", *READING_PRAGMAS):
+            connection.execute(pragma)
         connection.set_authorizer(_allow_reads)
         deadline = time.monotonic() + seconds
         connection.set_progress_handler(lambda: int(time.monotonic() > deadline), 100_000)

@@ -91,47 +91,6 @@ def attempts(connection: Connection, fingerprint: str) -> list[AttemptRow]:
     return [attempt_row(row) for row in connection.execute(query).mappings()]
 
 
-def backends(connection: Connection, sweep_id: int) -> dict[str, tuple[str, ...]]:
-    """By fingerprint, the back ends that the attempts of a sweep's trials say they took; a killed one says nothing."""
-    link, attempt = schema.sweep_trial, schema.attempt
-    backend = attempt.c.provenance["backend"].as_string()
-    query = (
-        select(attempt.c.fingerprint, backend)
-        .join(link, link.c.fingerprint == attempt.c.fingerprint)
-        .where(link.c.sweep_id == sweep_id, link.c.current, backend.is_not(None))
-        .distinct()
-        .order_by(attempt.c.fingerprint, backend)
-    )
-    taken: dict[str, tuple[str, ...]] = {}
-    for fingerprint, name in connection.execute(query):
-        taken[fingerprint] = (*taken.get(fingerprint, ()), name)
-    return taken
-
-
-def layouts(connection: Connection, sweep_id: int) -> dict[str, tuple[Layout, ...]]:
-    """By fingerprint, the layouts of the attempts whose steps count, oldest first and each change once.
-
-    An attempt counts if no later one began at its own first step or before: its successors build on it.
-    """
-    link, attempt = schema.sweep_trial, schema.attempt
-    query = (
-        select(attempt.c.fingerprint, attempt.c.resume_step, attempt.c.layout)
-        .join(link, link.c.fingerprint == attempt.c.fingerprint)
-        .where(link.c.sweep_id == sweep_id, link.c.current)
-        .order_by(attempt.c.fingerprint, attempt.c.number.desc())
-    )
-    taken: dict[str, tuple[Layout, ...]] = {}
-    first: dict[str, int] = {}
-    for fingerprint, resume_step, values in connection.execute(query):
-        if fingerprint in first and resume_step >= first[fingerprint]:
-            continue
-        first[fingerprint] = resume_step
-        layout, later = Layout.model_validate(values), taken.get(fingerprint, ())
-        if later[:1] != (layout,):
-            taken[fingerprint] = (layout, *later)
-    return taken
-
-
 def attempt_row(row: RowMapping) -> AttemptRow:
     values = dict(row)
     values["layout"] = Layout.model_validate(values["layout"])
@@ -199,15 +158,20 @@ def tails(connection: Connection, sweep_id: int, tail: float) -> list[TailRow]:
     return [TailRow(*row) for row in rows]
 
 
-def events(connection: Connection, sweep_id: int | None, after: int) -> list[EventRow]:
-    """Events with an id above ``after``, oldest first; of one sweep, or of all."""
+def events(
+    connection: Connection, sweep_id: int | None, after: int, kind: str | None, last: int | None
+) -> list[EventRow]:
+    """Events with an id above ``after``, oldest first; of one sweep or kind or of all, and the ``last`` of them."""
     event = schema.event
     query = select(
         event.c.id, event.c.at, event.c.kind, event.c.message, event.c.fingerprint, event.c.attempt_number
     ).where(event.c.id > after)
     if sweep_id is not None:
         query = query.where(event.c.sweep_id == sweep_id)
-    return [EventRow(*row) for row in connection.execute(query.order_by(event.c.id)).all()]
+    if kind is not None:
+        query = query.where(event.c.kind == kind)
+    rows = connection.execute(query.order_by(event.c.id.desc()).limit(last)).all()
+    return [EventRow(*row) for row in reversed(rows)]
 
 
 def mirror_cursor(connection: Connection, sweep_id: int, fingerprint: str) -> dict[str, Any] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 from models.config import Layout, TrialConfig
 
@@ -104,6 +104,51 @@ class TrialRow:
     num_parameters: int
     training_flops: int
     mlflow_run_id: str | None
+
+
+class Outcome(NamedTuple):
+    """A trial of a sweep with what was measured of it, for tables. A tuple, since there may be 10^5 of them.
+
+    ``axes`` and ``layouts`` are shared between rows: don't change them.
+    """
+
+    fingerprint: str
+    arm: str
+    axes: dict[str, Any]
+    seed: int
+    lr: float
+    state: str
+    cause: str | None
+    reason: str | None
+    num_parameters: int
+    training_flops: float
+    num_steps: int
+    batch_tokens: int
+    precision: str
+    num_attempts: int
+    backends: tuple[str, ...]
+    """What its attempts were built from, as far as they said."""
+    layouts: tuple[dict[str, Any], ...]
+    """Those on which the steps that count were trained, oldest first and each change once."""
+    tokens_per_second: float | None
+    """Of the last attempt."""
+    trained_in: str | None
+    """The sweep whose controller ran the last attempt."""
+    tails: dict[str, TailRow]
+    """By split; only of a COMPLETE trial."""
+
+
+@dataclass(frozen=True, slots=True)
+class FailedRow:
+    """A trial that FAILED, and the last lines of its last attempt's log."""
+
+    fingerprint: str
+    arm: str
+    axes: dict[str, Any]
+    seed: int
+    cause: str | None
+    reason: str | None
+    log_tail: str | None
 
 
 @dataclass(frozen=True, slots=True)

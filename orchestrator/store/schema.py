@@ -32,7 +32,7 @@ from sqlalchemy.types import TypeDecorator
 VERSION_TABLE = "gatesweep_version"
 """Not ``alembic_version``: Optuna and MLflow use that name, and may share the database."""
 
-REVISIONS = ("0001", "0002")
+REVISIONS = ("0001", "0002", "0003")
 """Every schema version this code knows, oldest first. A database at another one was made by newer code."""
 
 WAITING, RUNNING, COMPLETE, PRUNED, DIVERGED, FAILED, CANCELED = STATES = (
@@ -122,6 +122,8 @@ trial = Table(
     Column("lr", Float(53), nullable=False),
     Column("seed", BigInteger, nullable=False),
     Column("num_steps", BigInteger, nullable=False),
+    Column("batch_tokens", BigInteger, nullable=False, server_default="0"),
+    Column("precision", String(10), nullable=False, server_default=""),
     Column("num_parameters", BigInteger, nullable=False),
     Column("training_flops", Float(53), nullable=False),  # passes 2^63 from about 9e18 on
     Column("state", String(10), nullable=False),
@@ -132,6 +134,8 @@ trial = Table(
     Column("created_at", UtcDateTime, nullable=False),
     Column("updated_at", UtcDateTime, nullable=False),
     CheckConstraint("state IN ('" + "', '".join(STATES) + "')", name="state"),
+    Index("ix_trial_fingerprint_state", "fingerprint", "state"),  # states are counted without a look at configs
+    Index("ix_trial_state", "state"),
 )
 
 sweep_trial = Table(
@@ -148,7 +152,7 @@ sweep_trial = Table(
     Column("mlflow_run_id", String(64)),
     Column("mirror_cursor", JSON(none_as_null=True)),
     ForeignKeyConstraint(["sweep_id", "arm"], ["arm.sweep_id", "arm.name"], name="fk_sweep_trial_arm"),
-    Index("ix_sweep_trial_fingerprint", "fingerprint"),
+    Index("ix_sweep_trial_fingerprint", "fingerprint", "sweep_id", "current"),
 )
 
 attempt = Table(
@@ -240,6 +244,7 @@ event = Table(
     Column("at", UtcDateTime, nullable=False),
     Column("kind", String(100), nullable=False),
     Column("message", Text, nullable=False),
-    Index("ix_event_sweep_id", "sweep_id"),
+    Index("ix_event_sweep_id", "sweep_id", "id"),
+    Index("ix_event_kind", "kind", "sweep_id"),
     Index("ix_event_fingerprint", "fingerprint"),
 )

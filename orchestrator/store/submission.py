@@ -234,6 +234,8 @@ def _trial_values(planned: PlannedTrial) -> dict[str, Any]:
         "lr": planned.config.train.lr,
         "seed": planned.config.seed,
         "num_steps": planned.config.train.num_steps,
+        "batch_tokens": planned.config.train.batch_tokens,
+        "precision": planned.config.precision,
         "num_parameters": planned.num_parameters,
         "training_flops": float(planned.training_flops),
         "state": schema.WAITING,

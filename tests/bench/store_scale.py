@@ -1,0 +1,218 @@
+"""The store at scale: ``status``, ``results`` and submission with 10^5 trials and 10^7 metric rows.
+
+    python tests/bench/store_scale.py                    # SQLite and Postgres, ten sweeps of 10,000 trials
+    python tests/bench/store_scale.py --sweeps 1         # one sweep of 100,000
+    python tests/bench/store_scale.py --small            # seconds: that the script itself works
+
+Trials are submitted as a user submits them (plan.expand, Store.add, which is timed); their attempts and records are
+then made inside the database, for no trainer could write 10^7 rows while one waits. One trial in fifty diverges, one
+in fifty needs a second attempt, one in a thousand fails, one in a hundred still waits. Times are medians, in this
+process and as a whole command with its start.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from sqlalchemy import text
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from store_backends import PostgresServer
+from sweep_runs import write_corpus
+
+from orchestrator import report
+from orchestrator.plan import expand
+from orchestrator.store import Store
+from orchestrator.store.engine import make_engine, parse_url
+from orchestrator.sweep import load
+
+ARMS, RATES, STEPS_A_TRIAL, VALIDATIONS_A_TRIAL = 10, 10, 100, 10
+TABLES_A_SWEEP = 5
+
+SWEEP = """\
+name: sweep{number}
+question: How fast are the tables?
+base:
+  model: {{preset: cpu-tiny}}
+  data: {{corpus: corpus.jsonl, sequence_length: 64, validation: {{slice_bytes: 1024, points: 10}}}}
+  train: {{tokens: 25600, batch_tokens: 256, warmup_fraction: {warmup}}}
+baseline: arm0
+arms:
+{arms}
+axes:
+  train.lr: [{rates}]
+  train.weight_decay: [{decays}]
+seeds: [{seeds}]
+extra_baseline_seeds: []
+verdict: {{margin: 0.01}}
+controls: []
+"""
+
+
+def sweep_text(number: int, num_trials: int) -> str:
+    """Ten arms at ten rates; the rest of the trials are seeds, for a few values of one more axis: a table each."""
+    num_seeds = max(1, num_trials // (ARMS * RATES * TABLES_A_SWEEP))
+    arms = [f"  arm{index}: {{model: {{ffn_size: {192 + 4 * index}}}}}" for index in range(ARMS)]
+    return SWEEP.format(
+        number=number,
+        warmup=0.05 + number / 1000,
+        arms="\n".join(arms),
+        rates=", ".join(f"{1e-4 * 2**index:.4g}" for index in range(RATES)),
+        decays=", ".join(f"{index / 100}" for index in range(TABLES_A_SWEEP)),
+        seeds=", ".join(map(str, range(1, num_seeds + 1))),
+    )
+
+
+# Of a trial, by its row number r: what became of it. Of an attempt: the steps and validations that it wrote.
+FILL = (
+    "CREATE TEMPORARY TABLE numbered AS SELECT fingerprint, ROW_NUMBER() OVER (ORDER BY fingerprint) AS r FROM trial",
+    "CREATE UNIQUE INDEX numbered_fingerprint ON numbered (fingerprint)",
+    """
+    INSERT INTO attempt (fingerprint, number, token, sweep_id, layout, hosts, provenance, resume_step,
+                         resumed_from_attempt, started_at, ended_at, cause, reason, end_step, seconds,
+                         tokens_per_second, log_tail)
+    SELECT t.fingerprint, k.number, 'abcd', st.sweep_id, '{"tensor": 1}', '["host-a"]',
+           '{"commit": "0123456789abcdef", "dirty": false, "backend": "local", "packages": {"torch": "2.13.0"}}',
+           CASE WHEN k.number = 2 THEN :steps / 2 ELSE 0 END, CASE WHEN k.number = 2 THEN 1 END,
+           t.created_at, t.created_at,
+           CASE WHEN r % 50 = 1 AND k.number = 1 THEN 'node_lost' WHEN r % 1000 = 3 THEN 'error' ELSE 'finished' END,
+           'because', :steps, 12.5, 1000.0, CASE WHEN r % 1000 = 3 THEN 'Traceback\nValueError: no' END
+    FROM trial t JOIN numbered n ON n.fingerprint = t.fingerprint
+    JOIN sweep_trial st ON st.fingerprint = t.fingerprint
+    JOIN (SELECT 1 AS number UNION ALL SELECT 2) k ON k.number = 1 OR r % 50 = 1
+    WHERE r % 100 <> 2
+    ORDER BY st.sweep_id, st.position, k.number
+    """,
+    """
+    UPDATE trial SET cause = 'finished', reason = 'because',
+      state = (SELECT CASE WHEN r % 100 = 2 THEN 'WAITING' WHEN r % 1000 = 3 THEN 'FAILED'
+                           WHEN r % 50 = 4 THEN 'DIVERGED' ELSE 'COMPLETE' END
+               FROM numbered n WHERE n.fingerprint = trial.fingerprint),
+      end_step = :steps
+    """,
+    "UPDATE trial SET cause = NULL, reason = NULL, end_step = NULL WHERE state = 'WAITING'",
+    """
+    INSERT INTO step_metric (attempt_id, step, tokens, fraction, lr, loss_nats, gradient_norm, tokens_per_second,
+                             nonfinite)
+    SELECT a.id, s.n, s.n * 256, 1.0 * s.n / :steps, 0.001,
+           3.0 - 0.001 * s.n + (a.id % 997) * 0.0001, 1.0, 1000.0, FALSE
+    FROM attempt a CROSS JOIN series s WHERE s.n > a.resume_step AND s.n <= :steps ORDER BY a.id, s.n
+    """,
+    """
+    INSERT INTO validation (attempt_id, step, split, tokens, fraction, loss_nats, bits_per_byte, num_tokens, num_bytes,
+                            nonfinite)
+    SELECT a.id, s.n * :every, 'slice', s.n * :every * 256, 1.0 * s.n * :every / :steps,
+           3.0 - 0.001 * s.n + (a.id % 997) * 0.0001, 1.5, 1024, 1024, FALSE
+    FROM attempt a CROSS JOIN series s WHERE s.n * :every > a.resume_step AND s.n * :every <= :steps ORDER BY a.id, s.n
+    """,
+)
+
+
+def fill(url: str, steps: int) -> int:
+    """Attempts and records for all trials; returns the number of metric rows."""
+    engine = make_engine(parse_url(url))
+    numbers = {"steps": steps, "every": max(1, steps // VALIDATIONS_A_TRIAL)}
+    with engine.connect().execution_options(gatesweep_write=True) as connection, connection.begin():
+        connection.execute(text("CREATE TEMPORARY TABLE series (n INTEGER PRIMARY KEY)"))
+        connection.execute(text("INSERT INTO series VALUES (:n)"), [{"n": n} for n in range(1, steps + 1)])
+        if connection.dialect.name == "postgresql":
+            connection.execute(text("SET LOCAL session_replication_role = replica"))  # no check a row of a foreign key
+        for statement in FILL:
+            connection.execute(text(statement), {name: numbers[name] for name in numbers if f":{name}" in statement})
+        rows = connection.scalar(text("SELECT (SELECT COUNT(*) FROM step_metric) + (SELECT COUNT(*) FROM validation)"))
+    if engine.dialect.name == "postgresql":
+        with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+            connection.execute(text("VACUUM ANALYZE"))  # as its own daemon does within a minute
+    engine.dispose()
+    return int(rows or 0)
+
+
+def seconds(function: Callable[[], object], repeats: int) -> float:
+    times = []
+    for _ in range(repeats):
+        begun = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - begun)
+    return statistics.median(times)
+
+
+def command(url: str, *arguments: str) -> Callable[[], object]:
+    main = "import sys; from orchestrator.cli.app import main; main()"
+    environment = {**os.environ, "GATESWEEP_STORE": url}
+    return lambda: subprocess.run(
+        [sys.executable, "-c", main, *arguments], env=environment, check=True, capture_output=True
+    )
+
+
+def show(renderable: object) -> None:
+    Console(file=io.StringIO(), width=160).print(renderable)
+
+
+def measure(name: str, url: str, folder: Path, num_sweeps: int, num_trials: int, steps: int, repeats: int) -> None:
+    with Store(url) as store:
+        submissions = []
+        for number in range(num_sweeps):
+            path = folder / f"sweep{number}.yaml"
+            path.write_text(sweep_text(number, num_trials))
+            begun = time.perf_counter()
+            plan = expand(load(path))
+            planned = time.perf_counter()
+            store.add(plan)
+            submissions.append((time.perf_counter() - begun, planned - begun, len(plan.trials)))
+        whole, planning, count = (statistics.median_low(column) for column in zip(*submissions, strict=True))
+        print(f"{name}: submit {count:,} trials: {whole:.2f} s, of which plan {planning:.2f} s", flush=True)
+        begun = time.perf_counter()
+        rows = fill(url, steps)
+        print(
+            f"{name}: {num_sweeps * count:,} trials, {rows:,} metric rows (made in {time.perf_counter() - begun:.0f} s)"
+        )
+        timed = {
+            "status": lambda: show(report.status_table(store)),
+            "results": lambda: show(report.ResultsView(report.results(store, "sweep0"))),
+        }
+        for verb, call in timed.items():
+            arguments = (verb, "sweep0") if verb == "results" else (verb,)
+            inside, outside = seconds(call, repeats), seconds(command(url, *arguments), repeats)
+            print(f"{name}: {verb}: {inside:.2f} s in process, {outside:.2f} s as a command", flush=True)
+
+
+@contextmanager
+def backend(name: str, folder: Path) -> Iterator[str]:
+    if name == "sqlite":
+        yield f"sqlite:///{folder / 'gatesweep.db'}"
+        return
+    server = PostgresServer()
+    try:
+        yield server.new_schema()
+    finally:
+        server.stop()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--small", action="store_true", help="a hundredth of it")
+    parser.add_argument("--sweeps", type=int, default=10, help="how many share the 10^5 trials")
+    parser.add_argument("--backends", default="sqlite,postgresql")
+    parser.add_argument("--repeats", type=int, default=5)
+    given = parser.parse_args()
+    num_trials = 100_000 // given.sweeps // (100 if given.small else 1)
+    for name in given.backends.split(","):
+        with tempfile.TemporaryDirectory() as made, backend(name, Path(made)) as url:
+            write_corpus(Path(made) / "corpus.jsonl")
+            measure(name, url, Path(made), given.sweeps, num_trials, STEPS_A_TRIAL, given.repeats)
+
+
+if __name__ == "__main__":
+    main()

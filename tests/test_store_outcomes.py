@@ -1,0 +1,104 @@
+"""What the tables are made of agrees with the views and the whole rows, on both back ends."""
+
+# ruff: noqa: F811 (fixtures are imported by name)
+
+from __future__ import annotations
+
+from sqlalchemy import text
+from store_runs import STEPS, Run, a_plan, postgres_server, run, steps, store, store_url  # noqa: F401
+
+from models.config import Layout
+from orchestrator.store import Store, engine, migrate
+
+
+def test_an_outcome_says_what_the_trial_and_the_view_say(run: Run) -> None:
+    first, second, third, _ = (planned.fingerprint for planned in run.plan.trials)
+    run.complete(first, 2.5)
+    run.end(run.start(fingerprint=second), "WAITING", cause="killed")
+    attempt = run.start(fingerprint=second)
+    run.store.record(run.lease, attempt, steps(1, 3))
+    run.end(attempt, "DIVERGED", cause="nonfinite", end_step=3)
+    run.end(run.start(fingerprint=third), "FAILED", cause="error", log_tail="one\ntwo")
+    view = {row["fingerprint"]: row for row in run.store.frame("results", "quick").to_dict("records")}
+    outcomes = run.store.outcomes(run.sweep_id, 0.1)
+    for outcome, trial in zip(outcomes, run.store.trials(run.sweep_id), strict=True):
+        shared = ("fingerprint", "arm", "axes", "seed", "state", "cause", "reason", "num_parameters", "num_attempts")
+        assert [getattr(outcome, name) for name in shared] == [getattr(trial, name) for name in shared]
+        train = trial.config.train
+        told = (outcome.lr, outcome.num_steps, outcome.batch_tokens, outcome.precision)
+        assert told == (train.lr, train.num_steps, train.batch_tokens, trial.config.precision)
+        assert outcome.training_flops == trial.training_flops
+        shown = view[trial.fingerprint]
+        assert outcome.trained_in == (shown["trained_in"] if trial.num_attempts else None)
+        assert outcome.num_attempts == shown["num_attempts"]
+    assert outcomes[0].tails["slice"].loss_nats == view[first]["validation_loss_nats"] == 2.5
+    assert [bool(outcome.tails) for outcome in outcomes] == [True, False, False, False]
+
+
+def test_a_shared_trial_names_the_sweep_that_ran_it(run: Run) -> None:
+    run.complete(run.fingerprint, 2.5)
+    other = run.store.add(a_plan("sister")).sweep_id
+    assert [one.trained_in for one in run.store.outcomes(other, 0.1)] == ["quick", None, None, None]
+
+
+def test_layouts_are_those_of_attempts_that_a_trial_builds_on(run: Run) -> None:
+    assert run.outcome().layouts == ()
+    run.end(run.start(), "WAITING")
+    assert [Layout.model_validate(one) for one in run.outcome().layouts] == [Layout(data=2)]
+    for layout, resume_step in ((Layout(), 0), (Layout(), 5), (Layout(tensor=2), 10), (Layout(data=2), 10)):
+        attempt = run.store.start_attempt(
+            run.lease, run.fingerprint, layout=layout, provenance={}, resume_step=resume_step
+        )
+        run.end(attempt, "WAITING")
+    assert [Layout.model_validate(one) for one in run.outcome().layouts] == [Layout(), Layout(data=2)]
+
+
+def test_trials_are_counted_by_state_in_every_sweep_that_shows_them(run: Run) -> None:
+    run.complete(run.fingerprint, 2.5)
+    other = run.store.add(a_plan("half", lrs=(1e-3,))).sweep_id
+    assert run.store.num_by_state() == {
+        run.sweep_id: {"COMPLETE": 1, "WAITING": 3},
+        other: {"COMPLETE": 1, "WAITING": 1},
+    }
+    run.store.add(a_plan("half", lrs=(4e-3,)))  # what is not current any more is not counted
+    assert run.store.num_by_state()[other] == {"WAITING": 2}
+
+
+def test_the_first_failed_trials_come_with_their_last_log(run: Run) -> None:
+    for planned in reversed(run.plan.trials[:3]):
+        run.end(run.start(fingerprint=planned.fingerprint), "WAITING", cause="killed", log_tail="earlier")
+        run.end(run.start(fingerprint=planned.fingerprint), "FAILED", cause="error", log_tail="later")
+    rows = run.store.failed(run.sweep_id, 2)
+    assert [row.fingerprint for row in rows] == [planned.fingerprint for planned in run.plan.trials[:2]]
+    assert [(row.arm, row.axes, row.cause, row.log_tail) for row in rows] == [
+        ("baseline", {"train.lr": lr}, "error", "later") for lr in (1e-3, 4e-3)
+    ]
+
+
+def test_events_are_the_last_of_a_kind(run: Run) -> None:
+    for number in range(4):
+        run.store.add_event(run.sweep_id, "odd" if number % 2 else "even", str(number))
+    assert [event.message for event in run.store.events(run.sweep_id, last=3)] == ["1", "2", "3"]
+    assert [event.message for event in run.store.events(run.sweep_id, kind="odd")] == ["1", "3"]
+    assert [event.message for event in run.store.events(kind="even", last=1)] == ["2"]
+
+
+def test_an_older_stores_trials_get_their_new_columns(store_url: str) -> None:
+    from alembic import command
+
+    with Store(store_url) as store:
+        planned = Run(store).plan.trials[0]
+    database = engine.make_engine(engine.parse_url(store_url))
+    columns = ("batch_tokens", "precision")
+    with engine.writing(database) as connection:
+        migrate.drop_views(connection)
+        for index in ("ix_trial_fingerprint_state", "ix_trial_state", "ix_event_kind"):
+            connection.execute(text(f"DROP INDEX {index}"))
+        for column in columns:
+            connection.execute(text(f"ALTER TABLE trial DROP COLUMN {column}"))
+        command.stamp(migrate.alembic_config(connection), "0002")
+    database.dispose()
+    with Store(store_url) as store:
+        outcome = store.outcomes(1, 0.1)[0]
+        assert (outcome.batch_tokens, outcome.precision) == (planned.config.train.batch_tokens, "fp32")
+        assert outcome.num_steps == STEPS
