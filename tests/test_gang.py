@@ -10,6 +10,7 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from sweep_runs import LONG, attempt_spec, cluster, plan_of, wait_for, written_numbers  # noqa: F401
 
@@ -262,6 +263,21 @@ def test_a_ray_that_is_not_there_is_told_at_once():
         Cluster("127.0.0.1:1")
     with pytest.raises(UserError, match=r"no Ray cluster at 'ray://127\.0\.0\.1:1'"):
         Cluster("ray://127.0.0.1:1")
+
+
+def test_a_local_ray_listens_on_loopback_alone(gang: Gang):
+    """The driver, Ray's own processes and the ranks: what another host could connect to is open to all who reach it."""
+    here = psutil.Process()
+    listening = [
+        (process.name(), connection.laddr.ip)
+        for process in (here, *here.children(recursive=True))
+        for connection in process.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    ]
+    assert len(listening) > 5
+    assert gang.members[0]["pid"] in {process.pid for process in here.children(recursive=True)}
+    is_loopback = [ip.removeprefix("::ffff:").startswith("127.") or ip == "::1" for _, ip in listening]
+    assert all(is_loopback), [one for one, loopback in zip(listening, is_loopback, strict=True) if not loopback]
 
 
 def test_ranks_that_run_other_code_than_the_driver_are_refused(cluster: Cluster):

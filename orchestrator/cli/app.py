@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 from orchestrator import report
-from orchestrator.cli import control, data_verbs, trace, trained
+from orchestrator.cli import control, data_verbs, submit, trace, trained
 from orchestrator.cli.home import Home, existing_store, has_store
 from orchestrator.plan import expand
 from orchestrator.store import Store
@@ -33,6 +33,7 @@ console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ e
 errors = Console(stderr=True)
 
 control.register(app, console)
+submit.register(app, console)
 trained.register(app, console)
 trace.register(app, console)
 
@@ -81,8 +82,12 @@ def run(
 
 
 @app.command()
-def status() -> None:
-    """Every sweep: trials by state, what happened last, what failed and why."""
+def status(address: submit.Address = None, token_file: submit.TokenFile = None) -> None:
+    """Every sweep: trials by state, what happened last, what failed and why. With --address also the jobs there."""
+    if address is not None:
+        console.print(submit.jobs_table(submit.open_jobs(address, token_file)))
+        if not has_store(Home.of()):
+            return
     with existing_store() as store:
         console.print(report.status_table(store))
 

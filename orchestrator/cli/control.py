@@ -13,6 +13,7 @@ from rich.console import Console
 from models import run_dir
 from orchestrator.cli.home import Home, existing_store
 from orchestrator.cli.selection import one_trial, select_trials
+from orchestrator.cli.submit import Address, TokenFile, open_jobs, print_job_log
 from orchestrator.store import CANCEL_WANTED, CAP_SET, TrialRow
 from orchestrator.sweep import UserError, check_cap
 
@@ -46,7 +47,7 @@ def register(app: typer.Typer, console: Console) -> None:
             chosen = [one for one in chosen if not wanted or one.state in wanted]
             _refuse_finished(chosen if trial else [])
             count = store.reopen(row.id, [one.fingerprint for one in chosen])
-        said = f"{count} trial(s) wait again; gatesweep run with the sweep's file goes on"
+        said = f"{count} trial(s) wait again; gatesweep run, or submit, with the sweep's file goes on"
         console.print(said if count else "nothing to rerun", highlight=False)
 
     @app.command()
@@ -82,12 +83,20 @@ def register(app: typer.Typer, console: Console) -> None:
 
     @app.command()
     def logs(
-        trial: Annotated[str, typer.Argument(help="A fingerprint or its beginning.", show_default=False)],
+        trial: Annotated[
+            str,
+            typer.Argument(help="A fingerprint or its beginning; with --address a sweep.", show_default=False),
+        ],
         rank: Annotated[int, typer.Option(min=0)] = 0,
         attempt: Annotated[int | None, typer.Option(help="Its number; by default the last one.")] = None,
         follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on as it grows; Ctrl-C ends it.")] = False,
+        address: Address = None,
+        token_file: TokenFile = None,
     ) -> None:
-        """Print what a rank of a trial's attempt said."""
+        """Print what a rank of a trial's attempt said; or, with --address, the controller of a submitted sweep."""
+        if address is not None:
+            print_job_log(open_jobs(address, token_file), trial, follow)
+            return
         with existing_store() as store:
             every = [one for sweep in store.sweeps() for one in store.trials(sweep.id)]
             row = one_trial(every, trial)
@@ -98,7 +107,7 @@ def register(app: typer.Typer, console: Console) -> None:
         folder = run_dir.trial_dir(Home.of().directory, row.fingerprint) / "attempts"
         path = run_dir.log_path(folder / f"{number:03d}-{attempts[number].token}", rank)
         if not path.exists():
-            raise UserError(f"logs: no log of rank {rank} at {path}")
+            raise UserError(f"logs: no log of rank {rank} at {path}; GATESWEEP_HOME must be the sweep's own folder")
         _print_log(path, follow)
 
 

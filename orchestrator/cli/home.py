@@ -17,7 +17,8 @@ class Home:
 
     directory: Path
     store_url: str
-    """``GATESWEEP_STORE``: SQLite in the home, or a Postgres URL."""
+    """``GATESWEEP_STORE``, or the content of the file ``GATESWEEP_STORE_FILE``: a Postgres URL; else SQLite in the
+    home."""
     tracking_uri: str
     """``GATESWEEP_MLFLOW`` or ``MLFLOW_TRACKING_URI``: SQLite in the home, or an MLflow server."""
     artifact_location: str | None
@@ -36,11 +37,27 @@ class Home:
         tracking = environment.get("GATESWEEP_MLFLOW") or environment.get("MLFLOW_TRACKING_URI") or local_mlflow
         return cls(
             directory=directory,
-            store_url=environment.get("GATESWEEP_STORE") or f"sqlite:///{directory / 'gatesweep.db'}",
+            store_url=_store_url(environment) or f"sqlite:///{directory / 'gatesweep.db'}",
             tracking_uri=tracking,
             artifact_location=str(directory / "mlartifacts") if tracking == local_mlflow else None,
             optuna_url=environment.get("GATESWEEP_OPTUNA") or f"sqlite:///{directory / 'optuna.db'}",
         )
+
+
+def _store_url(environment: Mapping[str, str]) -> str | None:
+    """The store's URL by value, or by a file: a mounted secret, which no process listing shows."""
+    path = environment.get("GATESWEEP_STORE_FILE")
+    if not path:
+        return environment.get("GATESWEEP_STORE")
+    if environment.get("GATESWEEP_STORE"):
+        raise UserError("GATESWEEP_STORE and GATESWEEP_STORE_FILE are both set; allowed: one of them")
+    try:
+        url = Path(path).expanduser().read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"GATESWEEP_STORE_FILE {path} can't be read: {error}") from error
+    if not url:
+        raise UserError(f"GATESWEEP_STORE_FILE {path} is empty; allowed: one line with the store's URL")
+    return url
 
 
 def existing_store() -> Store:

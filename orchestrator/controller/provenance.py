@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import json
 import platform
 import socket
 import subprocess
@@ -14,16 +15,19 @@ import models
 from models.config import TrialConfig
 from orchestrator.gang import source_hash
 
+PARCEL = "parcel.json"
+"""Beside the packages of a submitted sweep: what is to be run, and the commit that it was sent from."""
 PACKAGES = ("gatesweep", "torch", "megatron-core", "transformer-engine", "ray", "optuna", "numpy")
 
 
 @functools.cache
 def provenance() -> dict[str, Any]:
     """Of this process; gathered once. A part that cannot be known is None, never a guess."""
+    sent = _sent()
     return {
         "source_hash": source_hash(),
-        "commit": _git("rev-parse", "HEAD"),
-        "dirty": _is_dirty(),
+        "commit": sent.get("commit") or _git("rev-parse", "HEAD"),
+        "dirty": sent.get("dirty", _is_dirty()),
         "packages": {name: _version(name) for name in PACKAGES},
         "python": platform.python_version(),
         "driver_host": socket.gethostname(),
@@ -40,6 +44,13 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _sent() -> dict[str, Any]:
+    """What ``gatesweep submit`` noted of the tree that it sent, where this code is what was sent."""
+    path = Path(str(models.__file__)).parent.parent / PARCEL
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return found
 
 
 def _is_dirty() -> bool | None:

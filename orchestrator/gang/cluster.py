@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import socket
-from collections.abc import Collection
+import tempfile
+from collections.abc import Collection, Iterator
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -28,18 +31,20 @@ class Cluster:
         if address is not None:
             _refuse_unreachable(address)
         try:
-            ray.init(
-                address=address or "local",
-                include_dashboard=None if address else False,
-                log_to_driver=False,
-                logging_level="ERROR",
-                namespace="gatesweep",
-            )
+            with contextlib.nullcontext() if address else _loopback_only():
+                ray.init(
+                    address=address or "local",
+                    include_dashboard=None if address else False,
+                    log_to_driver=False,
+                    logging_level="ERROR",
+                    namespace="gatesweep",
+                )
         except ConnectionError as error:
             raise UserError(f"no Ray cluster at {address!r}: {error}") from error
         except Exception as error:
             # An overloaded machine: Ray gives its own processes a time limit.
             raise UserError(f"Ray did not start here, try again: {type(error).__name__}: {error}") from error
+        self._meetings = None if address else tempfile.TemporaryDirectory(prefix="gatesweep-meetings-")
         _hush()
         self._driver_hash = source_hash()
 
@@ -50,6 +55,8 @@ class Cluster:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         ray.shutdown()
+        if self._meetings is not None:
+            self._meetings.cleanup()
 
     def capacity(self, shape: GangShape, excluded_nodes: Collection[str] = ()) -> int:
         """Gangs of this shape that the living nodes hold together, whoever uses them now.
@@ -70,7 +77,8 @@ class Cluster:
         return ranks // shape.layout.world_size
 
     def start_gang(self, shape: GangShape, num_threads: int, excluded_nodes: Collection[str] = ()) -> Gang:
-        return Gang(shape, num_threads, self._driver_hash, excluded_nodes)
+        meetings = None if self._meetings is None else Path(self._meetings.name)
+        return Gang(shape, num_threads, self._driver_hash, excluded_nodes, meetings)
 
 
 def _refuse_unreachable(address: str) -> None:
@@ -82,6 +90,24 @@ def _refuse_unreachable(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
     except OSError as error:
         raise UserError(f"no Ray cluster at {address!r}: {error}") from error
+
+
+@contextlib.contextmanager
+def _loopback_only() -> Iterator[None]:
+    """A Ray that is started within listens on 127.0.0.1 alone; left alone it listens on every interface.
+
+    ``_node_ip_address="127.0.0.1"`` would be replaced by the address that other hosts reach. This is Ray's own way on
+    desktops, where it is the default; who sets Ray's variable for it has decided otherwise.
+    """
+    constants: Any = importlib.import_module("ray._private.ray_constants")
+    if constants.ENABLE_RAY_CLUSTERS_ENV_VAR in os.environ:
+        yield
+        return
+    before, constants.ENABLE_RAY_CLUSTER = constants.ENABLE_RAY_CLUSTER, False
+    try:
+        yield
+    finally:
+        constants.ENABLE_RAY_CLUSTER = before
 
 
 def _hush() -> None:

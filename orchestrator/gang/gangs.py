@@ -6,7 +6,9 @@ import enum
 import time
 from collections.abc import Collection
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
@@ -70,8 +72,14 @@ class Gang:
     """A placement group, its ranks, and at most one attempt."""
 
     def __init__(
-        self, shape: GangShape, num_threads: int, driver_hash: str, excluded_nodes: Collection[str] = ()
+        self,
+        shape: GangShape,
+        num_threads: int,
+        driver_hash: str,
+        excluded_nodes: Collection[str] = (),
+        meetings: Path | None = None,
     ) -> None:
+        """``meetings``: a folder for ranks that are all on this host; torch's store listens on every interface."""
         self.shape, self.state = shape, GangState.STARTING
         layout = shape.layout
         elsewhere = {"ray.io/node-id": f"!in({','.join(sorted(excluded_nodes))})"} if excluded_nodes else {}
@@ -82,7 +90,7 @@ class Gang:
             bundle_label_selector=[elsewhere] * layout.world_size if elsewhere else None,
         )
         self._ranks = [self._rank(rank, num_threads) for rank in range(layout.world_size)]
-        meeting = self._ranks[0].rendezvous.remote()
+        meeting: Any = self._ranks[0].rendezvous.remote() if meetings is None else f"file://{meetings}/{uuid4().hex}"
         self._joins = [rank.join.remote(meeting, driver_hash) for rank in self._ranks]
         self._trains: list[Any] = []
         self._progress: Any = None

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 
 from models.config import Layout
@@ -32,6 +33,12 @@ def source_hash() -> str:
         for path in sorted(folder.rglob("*.py")):
             digest.update(f"{package}/{path.relative_to(folder)}".encode() + path.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def _loopback_interface() -> str:
+    """Where ranks on one host talk, so that gloo listens nowhere else; ``lo`` on Linux."""
+    addresses = psutil.net_if_addrs()
+    return next((name for name in addresses if any(one.address == "127.0.0.1" for one in addresses[name])), "lo")
 
 
 @contextlib.contextmanager
@@ -88,6 +95,8 @@ class _Rank:
                 f"{where} has hash {own}, the driver's is {driver_hash}; install the same version on every node, "
                 "and when a file was edited while the sweep ran, run it again"
             )
+        if init_method.startswith("file:"):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", _loopback_interface())
         with _errors_as_text():
             trainer = importlib.import_module("models.trainer")
             self.world = trainer.World.join(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +94,8 @@ class Plan:
     absent_files: tuple[Path, ...] = ()
     """What the trials need and this machine lacks: fingerprints will be others where it is."""
     confirmations: tuple[Confirmation, ...] = ()
+    named_files: dict[str, Path] = field(default_factory=dict)
+    """Corpora and tokenizers that are not built in, by their names in the sweep."""
 
     @property
     def training_flops(self) -> int:
@@ -143,7 +145,8 @@ def expand(sweep: Sweep, *, files_may_be_absent: bool = False) -> Plan:
     _refuse_identical(sweep, runnable)
     _refuse_other_measures(sweep, runnable)
     trials = _in_order(sweep, runnable)
-    return Plan(sweep, trials, tuple(refused), tuple(files.absent.values()), _confirmations(sweep, runnable, trials))
+    confirmations = _confirmations(sweep, runnable, trials)
+    return Plan(sweep, trials, tuple(refused), tuple(files.absent.values()), confirmations, files.named)
 
 
 def _cells(sweep: Sweep, files: Files) -> list[_Cell]:

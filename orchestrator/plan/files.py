@@ -60,6 +60,8 @@ class Files:
         self._may_be_absent = may_be_absent
         self.absent: dict[str, Path] = {}
         """By the name in the sweep."""
+        self.named: dict[str, Path] = {}
+        """Every file but the built-in ones, by its name in the sweep."""
         self._corpora: dict[str, CorpusFile | FileError] = {}
         self._tokenizers: dict[str, dict[str, Any] | FileError] = {}
 
@@ -103,6 +105,7 @@ class Files:
             path = Path(name).expanduser()
             is_absolute = path.is_absolute()
             path = (path if is_absolute else self._folder / path).resolve()
+            self.named[name] = path
             if not path.exists():
                 if self._may_be_absent and is_absolute:
                     self.absent[name] = path
