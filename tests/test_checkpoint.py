@@ -491,7 +491,7 @@ FILES = {"tensors": "__0_0.distcp", "index": ".metadata", "common": "common.pt",
 TORN = {
     "missing": (Path.unlink, "{file} is missing"),
     "cut": (cut, r"{file} has [\d,]+ bytes of [\d,]+"),
-    "a flipped bit": (flip_a_bit, "{file} has the checksum [0-9a-f]{{8}} instead of [0-9a-f]{{8}}"),
+    "a flipped bit": (flip_a_bit, "{file} has the SHA-256 [0-9a-f]{{16}}... instead of [0-9a-f]{{16}}..."),
 }
 
 
@@ -521,7 +521,7 @@ def test_every_file_is_in_the_manifest(whole):
 @pytest.mark.parametrize(
     ("manifest", "told"),
     [
-        (None, "has no manifest.json: it is torn, or of a version that wrote none"),
+        (None, "is torn: manifest.json is missing"),
         ('{"files": {"__0_0.d', "is torn: manifest.json is not readable"),
         ("{}", "is torn: manifest.json is not readable"),
     ],

@@ -335,7 +335,7 @@ def test_index_files_appear_all_at_once(small, tmp_path, monkeypatch):
     train_dataset(content, small[1], 16, seed=1)
     assert len(visible_while_writing) == 3
     (finished,) = indices.iterdir()
-    assert len(list(finished.iterdir())) == 4
+    assert len(list(finished.iterdir())) == 5  # three arrays, their description, and the signed manifest
 
 
 GANG_RANK = """

@@ -191,6 +191,8 @@ WORDS = {
     "DistBackendError: [Rank 3] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7)": "collective_timeout",
     "RuntimeError: [gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 600000ms for recv": "collective_timeout",
     "CheckpointError: /runs/trials/x/step_00000010 is torn": "corrupt_checkpoint",
+    "UntrustedCheckpoint: checkpoint /runs/trials/x/step_00000010 was not opened": "untrusted_files",
+    "Untrusted: index cache /runs/data/x is not as it was written": "untrusted_files",
     "SystemExit: 16": "error",
     "ValueError: a mistake": "error",
 }

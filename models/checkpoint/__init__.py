@@ -9,7 +9,7 @@ process with threads, and a hang when the writer dies. Here a thread writes. Rea
 
 from models.checkpoint.background import Writer
 from models.checkpoint.loading import load, load_weights
-from models.checkpoint.manifest import CheckpointError
+from models.checkpoint.manifest import CheckpointError, UntrustedCheckpoint
 from models.checkpoint.saving import Saver
 
-__all__ = ["CheckpointError", "Saver", "Writer", "load", "load_weights"]
+__all__ = ["CheckpointError", "Saver", "UntrustedCheckpoint", "Writer", "load", "load_weights"]

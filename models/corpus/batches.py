@@ -21,6 +21,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 
+from models import trust
 from models.config import DataConfig
 from models.corpus.prepared import Prepared, SplitName, made_aside
 from models.corpus.sources import Sources
@@ -53,16 +54,35 @@ def train_dataset(prepared: Prepared, data: DataConfig, num_samples: int, seed: 
     corpus, a sample does not depend on ``num_samples``: a longer trial starts with the same data.
     With torch.distributed up, every rank must call it: rank 0 writes the index files, the others wait for them.
     Trials that run at once share the files: Megatron writes them in place, so they are made aside and renamed.
+    It reads them with ``allow_pickle``, so they are signed, and each key has its own (Untrusted: somebody else's).
     """
     name = f"mcore{version('megatron-core')}-length{data.sequence_length}-samples{num_samples}-seed{seed}"
-    indices_dir = prepared.indices_directory / name
+    found: list[Any] = [None, None]
     distributed = torch.distributed.is_initialized()
-    if (not distributed or torch.distributed.get_rank() == 0) and not indices_dir.exists():
-        with made_aside(indices_dir) as aside:
-            _gpt_dataset(prepared, data, num_samples, seed, aside)
+    if not distributed or torch.distributed.get_rank() == 0:
+        indices_dir = prepared.indices_directory / f"{name}-key{trust.key_id()}"
+        if not indices_dir.exists():
+            with made_aside(indices_dir) as aside:
+                _gpt_dataset(prepared, data, num_samples, seed, aside)
+                trust.seal(aside, "indices")
+        found = [indices_dir, _refusal(indices_dir)]
     if distributed:
-        torch.distributed.barrier()
+        torch.distributed.broadcast_object_list(found)
+    indices_dir, refusal = found
+    if refusal is not None:
+        raise trust.Untrusted(refusal)
     return _gpt_dataset(prepared, data, num_samples, seed, indices_dir)
+
+
+def _refusal(indices_dir: Path) -> str | None:
+    """Why an index cache is not opened. It can be made anew at any time, so there is one mend for all."""
+    try:
+        trust.check(indices_dir, "indices")
+    except trust.Altered as fault:
+        return f"index cache {indices_dir} is not as it was written: {fault}; remove the folder, it is made anew"
+    except trust.Untrusted as refusal:
+        return f"{refusal}. Or remove the folder, it is made anew"
+    return None
 
 
 def training_samples(sources: Sources, data: DataConfig, num_samples: int, seed: int) -> Any:

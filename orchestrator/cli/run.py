@@ -11,6 +11,7 @@ from rich.console import Console
 from orchestrator import report
 from orchestrator.cli.home import Home
 from orchestrator.cli.live import view_for
+from orchestrator.cli.signing import check_key
 from orchestrator.controller import Controller, SweepStopped, choose_rates, is_dead
 from orchestrator.gang import Cluster
 from orchestrator.plan import Plan
@@ -44,6 +45,7 @@ def run_sweep(plan: Plan, home: Home, address: str | None, console: Console) -> 
         home.directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"GATESWEEP_HOME {home.directory} can't be made: {error.strerror}") from error
+    check_key(home.directory)
     sweep = plan.sweep
     with Store(home.store_url) as store:
         _refuse_second(store, sweep.name)

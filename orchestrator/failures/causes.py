@@ -21,6 +21,7 @@ PREEMPTED = "preempted"
 HANG = "hang"
 DISK_FULL = "disk_full"
 CORRUPT_CHECKPOINT = "corrupt_checkpoint"
+UNTRUSTED_FILES = "untrusted_files"
 GPU_OUT_OF_MEMORY = "gpu_out_of_memory"
 
 
@@ -52,6 +53,7 @@ CAUSES = {
         Cause(RANK_DIED, "infrastructure", host_faults=1),
         Cause(GPU_OUT_OF_MEMORY, "never_again"),
         Cause("bad_config", "never_again"),
+        Cause(UNTRUSTED_FILES, "never_again"),
         Cause(ERROR, "error"),
     )
 }
@@ -68,6 +70,7 @@ _BUILT_IN = tuple(
         (GPU_OUT_OF_MEMORY, {"error": r"CUDA out of memory|OutOfMemoryError: CUDA|CUDA error: out of memory"}),
         ("host_out_of_memory", {"error": r"running low on memory|OutOfMemoryError: Task was killed|OOM"}),
         (CORRUPT_CHECKPOINT, {"error": r"^CheckpointError"}),
+        (UNTRUSTED_FILES, {"error": r"^Untrusted"}),
         ("node_lost", {"error": r"node (it was running on )?(is |has been |was )?(dead|died|terminated|lost|removed)"}),
         ("collective_timeout", {"error": r"Watchdog caught collective|[Tt]imed? ?out (after )?waiting.*(gloo|NCCL)"}),
         ("collective_timeout", {"error": r"(gloo|NCCL|DistBackendError).*([Tt]imeout|[Tt]imed out)"}),

@@ -14,6 +14,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from models import trust
 from models.config import Layout
 from models.run_dir import AttemptSpec, Summary
 from orchestrator.gang.ending import RAISED, blame, death, exit_code, words
@@ -91,7 +92,7 @@ class Gang:
         )
         self._ranks = [self._rank(rank, num_threads) for rank in range(layout.world_size)]
         meeting: Any = self._ranks[0].rendezvous.remote() if meetings is None else f"file://{meetings}/{uuid4().hex}"
-        self._joins = [rank.join.remote(meeting, driver_hash) for rank in self._ranks]
+        self._joins = [rank.join.remote(meeting, driver_hash, trust.read_key()) for rank in self._ranks]
         self._trains: list[Any] = []
         self._progress: Any = None
         self._failed_since: float | None = None

@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 import ray
 
+from models import trust
 from models.config import Layout
 from models.run_dir import AttemptSpec, Summary, metrics_path, stacks_path
 from orchestrator.gang.ending import RankError, words
@@ -86,7 +87,9 @@ class _Rank:
             probe.bind(("", 0))
             return f"tcp://{ray.util.get_node_ip_address()}:{probe.getsockname()[1]}"
 
-    def join(self, init_method: str, driver_hash: str) -> dict[str, Any]:
+    def join(self, init_method: str, driver_hash: str, key: str) -> dict[str, Any]:
+        """Enter the gang. ``key`` signs checkpoints: it comes straight from the driver, and is in no metadata."""
+        trust.use_key(key)
         own = source_hash()
         if own != driver_hash:
             where = Path(str(importlib.import_module("models").__file__)).parent
