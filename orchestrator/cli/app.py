@@ -17,7 +17,7 @@ from orchestrator.cli import control, data_verbs, signing, submit, trace, traine
 from orchestrator.cli.home import Home, existing_store, has_store
 from orchestrator.plan import expand
 from orchestrator.store import Store
-from orchestrator.sweep import UserError, load
+from orchestrator.sweep import UserError, check_extension, load
 
 FILE_WIDTH = 120
 
@@ -62,7 +62,10 @@ class AgainstWhat(StrEnum):
 def plan(file: File, overrides: Overrides = None) -> None:
     """Print every trial, its parameters and FLOPs, and the refusals. Starts nothing, writes nothing."""
     planned = expand(load(file, overrides or ()), files_may_be_absent=True)
-    console.print(report.plan_table(planned, _known_states(Home.of(), planned.sweep.name)))
+    states, standing = _known(Home.of(), planned.sweep.name)
+    console.print(report.plan_table(planned, states))
+    for line in report.budget_forecast(planned, states, standing):
+        console.print(line, highlight=False)
     if planned.refusals:
         raise typer.Exit(USER_ERROR_EXIT)
 
@@ -75,11 +78,16 @@ def run(
         str | None,
         typer.Option(envvar="RAY_ADDRESS", help="A running Ray cluster; without it a local one is started."),
     ] = None,
+    extend: Annotated[
+        list[str] | None,
+        typer.Option(help="Add to a budget that is used up: gpu_hours=+10; may be repeated.", show_default=False),
+    ] = None,
 ) -> None:
     """Run a sweep here, in the foreground. Run again, it goes on where it stopped."""
     from orchestrator.cli.run import run_sweep  # Ray and Optuna: seconds that other verbs need not wait
 
-    raise typer.Exit(run_sweep(expand(load(file, overrides or ())), Home.of(), address, console))
+    added = [check_extension(one) for one in extend or ()]
+    raise typer.Exit(run_sweep(expand(load(file, overrides or ())), Home.of(), address, console, added))
 
 
 @app.command()
@@ -198,13 +206,17 @@ def ui(
     raise typer.Exit(subprocess.call(command, env={**os.environ, **tracking.quiet_environment()}))
 
 
-def _known_states(home: Home, sweep: str) -> dict[str, str]:
-    """States of the trials that the store knows by this sweep's name; no store is made for looking."""
+def _known(home: Home, sweep: str) -> tuple[dict[str, str], report.Standing | None]:
+    """States of the trials that the store knows by this sweep's name, and its budgets' standing; no store is made for
+    looking."""
     if not has_store(home):
-        return {}
+        return {}, None
     with Store(home.store_url) as store:
         rows = [row for row in store.sweeps() if row.name == sweep]
-        return {one.fingerprint: one.state for one in store.trials(rows[0].id)} if rows else {}
+        if not rows:
+            return {}, None
+        states = {one.fingerprint: one.state for one in store.trials(rows[0].id)}
+        return states, report.Standing.of(store, rows[0].id)
 
 
 def main() -> None:

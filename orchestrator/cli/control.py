@@ -14,8 +14,8 @@ from models import run_dir
 from orchestrator.cli.home import Home, existing_store
 from orchestrator.cli.selection import one_trial, select_trials
 from orchestrator.cli.submit import Address, TokenFile, open_jobs, print_job_log
-from orchestrator.store import CANCEL_WANTED, CAP_SET, TrialRow
-from orchestrator.sweep import UserError, check_cap
+from orchestrator.store import BUDGET_EXTENDED, CANCEL_WANTED, CAP_SET, TrialRow
+from orchestrator.sweep import BUDGETS, UserError, check_cap, check_extension, refuse_extensions
 
 SweepName = Annotated[str, typer.Argument(help="The sweep's name.", show_default=False)]
 Where = Annotated[
@@ -69,14 +69,23 @@ def register(app: typer.Typer, console: Console) -> None:
     @app.command("set")
     def set_caps(
         sweep: SweepName,
-        caps: Annotated[list[str], typer.Argument(help="max_trials=4 max_gpus=64; none lifts a cap.")],
+        changes: Annotated[
+            list[str],
+            typer.Argument(help="max_trials=4 max_gpus=64; none lifts a cap. gpu_hours=+10 adds to a budget."),
+        ],
     ) -> None:
-        """Change how many trials or GPUs a sweep may use at once, also while it runs. What runs goes on."""
-        checked = [check_cap(cap) for cap in caps]
+        """Change how many trials or GPUs a sweep may use at once, or add to its budgets, also while it runs. What
+        runs goes on."""
+        extensions = [check_extension(one) for one in changes if one.partition("=")[0] in BUDGETS]
+        caps = [check_cap(one) for one in changes if one.partition("=")[0] not in BUDGETS]
+        checked = [*caps, *extensions]
         with existing_store() as store:
             row = store.sweep(sweep)
-            for cap in checked:
+            refuse_extensions(sweep, row.settings.get("budget", {}), extensions)
+            for cap in caps:
                 store.add_event(row.id, CAP_SET, cap)
+            for extension in extensions:
+                store.add_event(row.id, BUDGET_EXTENDED, extension)
             holder = store.lease_holder(row.id)
         when = "within seconds" if holder else "when the sweep runs again"
         console.print(f"{', '.join(checked)} from now on; heeded {when}", highlight=False)

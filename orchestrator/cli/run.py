@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -12,16 +12,17 @@ from orchestrator import report
 from orchestrator.cli.home import Home
 from orchestrator.cli.live import view_for
 from orchestrator.cli.signing import check_key
-from orchestrator.controller import Controller, SweepStopped, choose_rates, is_dead
+from orchestrator.controller import BudgetUsedUp, Controller, SweepStopped, choose_rates, is_dead
 from orchestrator.gang import Cluster
 from orchestrator.plan import Plan
 from orchestrator.search import StudyMirror
-from orchestrator.store import FINISHED, LeaseLost, Store
-from orchestrator.sweep import UserError
+from orchestrator.store import BUDGET_EXTENDED, FINISHED, LeaseLost, Store
+from orchestrator.sweep import UserError, refuse_extensions
 from orchestrator.tracking import Mirror, TrackingError, mirror
 
-INTERRUPTED_EXIT, FAILED_EXIT = 130, 1
+INTERRUPTED_EXIT, FAILED_EXIT, BUDGET_EXIT = 130, 1, 3
 MIRROR_CATCH_UP_SECONDS = 60.0
+_EXTEND = "--extend gpu_hours=+HOURS, or cpu_hours, or wall_hours"
 CELLS_NAMED = 4
 """Cells listed under a reason that refuses them; gatesweep plan lists all."""
 
@@ -38,9 +39,10 @@ def refuse(plan: Plan) -> None:
         raise UserError("\n".join(lines))
 
 
-def run_sweep(plan: Plan, home: Home, address: str | None, console: Console) -> int:
-    """Store the plan, run what is missing, print the table; the exit code."""
+def run_sweep(plan: Plan, home: Home, address: str | None, console: Console, extensions: Sequence[str] = ()) -> int:
+    """Store the plan, run what is missing, print the table; the exit code. ``extensions``: to budgets, first."""
     refuse(plan)
+    refuse_extensions(plan.sweep.name, plan.sweep.budget.model_dump(), extensions)
     try:
         home.directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -51,6 +53,8 @@ def run_sweep(plan: Plan, home: Home, address: str | None, console: Console) -> 
         _refuse_second(store, sweep.name)
         before = _planned(store, sweep.name)
         added = store.add(plan)
+        for extension in extensions:
+            store.add_event(added.sweep_id, BUDGET_EXTENDED, extension)
         choose_rates(store, sweep.name, plan.confirmations, lambda line: console.print(line, highlight=False))
         current = store.trials(added.sweep_id)
         states = [trial.state for trial in current]
@@ -63,7 +67,12 @@ def run_sweep(plan: Plan, home: Home, address: str | None, console: Console) -> 
         forgotten = len(before - {trial.fingerprint for trial in current})
         if forgotten:
             console.print(f"{forgotten} trial(s) of the last submission are not planned any more", highlight=False)
-        if missing:
+        used_up = [line for line in store.budget(added.sweep_id) if line.is_used_up]
+        if missing and used_up:
+            exit_code = BUDGET_EXIT
+            for line in report.budget_lines(used_up, sweep.name):
+                console.print(line, style="bold red", highlight=False)
+        elif missing:
             exit_code = _run_missing(plan, added.sweep_id, store, home, address, console)
         else:
             exit_code = 0
@@ -102,6 +111,9 @@ def _run_missing(plan: Plan, sweep_id: int, store: Store, home: Home, address: s
             controller = Controller(*given)
             with controller, _clean_stop(controller):
                 controller.run()
+        except BudgetUsedUp as stopped:
+            view.tell(f"stopped: {stopped}; with --extend the same command goes on from here: {_EXTEND}")
+            return BUDGET_EXIT
         except SweepStopped as stopped:
             view.tell(f"stopped: {stopped}; the same command goes on from here")
             return INTERRUPTED_EXIT

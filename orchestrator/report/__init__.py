@@ -13,6 +13,7 @@ from orchestrator.report.mechanism_formats import (
     mechanism_to_markdown,
 )
 from orchestrator.report.results import results
+from orchestrator.report.spending import Standing, budget_forecast, budget_lines
 from orchestrator.report.tables import tabulate
 from orchestrator.report.terminal import ResultsView, to_text
 from orchestrator.report.tree import ArmRow, Results, SweepHeading, TrialResult, VerdictTable
@@ -26,6 +27,7 @@ __all__ = [
     "MechanismView",
     "Results",
     "ResultsView",
+    "Standing",
     "SweepHeading",
     "TrialDifferences",
     "TrialResult",
@@ -33,6 +35,8 @@ __all__ = [
     "against_paper",
     "against_to_json",
     "against_to_markdown",
+    "budget_forecast",
+    "budget_lines",
     "differences",
     "differences_to_json",
     "measured_table",

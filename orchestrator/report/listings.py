@@ -23,6 +23,7 @@ from orchestrator.report.figures import (
     states_text,
     wrapped,
 )
+from orchestrator.report.spending import budget_lines
 from orchestrator.report.tree import STATES
 
 if TYPE_CHECKING:
@@ -185,12 +186,19 @@ def status_table(store: Store) -> RenderableType:
         counts = (f"{of_sweep.get(state, 0):,}" for state in shown)
         rows.append((sweep.name, *counts, f"{sum(of_sweep.values()):,}", NOTHING if holder is None else holder[0]))
         parts += [
+            *_budget(store, sweep),
             *_excluded_hosts(store, sweep),
             *_last_events(store, sweep),
             *_failed_trials(store, sweep, of_sweep.get("FAILED", 0)),
         ]
     headings = ("sweep", *(state.lower() for state in shown), "all", "run by")
     return Group(_Listing(headings, tuple(rows)), *parts)
+
+
+def _budget(store: Store, sweep: SweepRow) -> list[Text]:
+    lines = store.budget(sweep.id)
+    style = "bold red" if any(line.is_used_up for line in lines) else ""
+    return [Text(""), *(Text(line, style=style) for line in budget_lines(lines, sweep.name))] if lines else []
 
 
 def _last_events(store: Store, sweep: SweepRow) -> list[Text]:

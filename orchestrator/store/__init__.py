@@ -3,11 +3,14 @@
 from orchestrator.store.face import Store
 from orchestrator.store.layers import mean_or_none
 from orchestrator.store.rows import (
+    BUDGET,
+    BUDGET_EXTENDED,
     CANCEL_WANTED,
     CAP_SET,
     HOST_EXCLUDED,
     Added,
     AttemptRow,
+    BudgetLine,
     Curve,
     EventRow,
     FailedRow,
@@ -17,6 +20,7 @@ from orchestrator.store.rows import (
     LeaseHeld,
     LeaseLost,
     Outcome,
+    Spent,
     StepRow,
     StoreError,
     SweepRow,
@@ -29,6 +33,8 @@ from orchestrator.store.schema import FINISHED, STATES
 from orchestrator.store.submission import find_choice, verdict_seeds
 
 __all__ = [
+    "BUDGET",
+    "BUDGET_EXTENDED",
     "CANCEL_WANTED",
     "CAP_SET",
     "FINISHED",
@@ -36,6 +42,7 @@ __all__ = [
     "STATES",
     "Added",
     "AttemptRow",
+    "BudgetLine",
     "Curve",
     "EventRow",
     "FailedRow",
@@ -45,6 +52,7 @@ __all__ = [
     "LeaseHeld",
     "LeaseLost",
     "Outcome",
+    "Spent",
     "StepRow",
     "Store",
     "StoreError",

@@ -33,6 +33,8 @@ def start(
     provenance: Mapping[str, Any],
     resume_step: int,
     resumed_from: int | None,
+    cpus: float | None = None,
+    gpus: float | None = None,
 ) -> AttemptRow:
     """Claim a WAITING trial and open its next attempt."""
     leases.check(connection, lease)
@@ -56,6 +58,8 @@ def start(
         "provenance": dict(provenance),
         "resume_step": resume_step,
         "resumed_from_attempt": resumed_from,
+        "cpus": cpus,
+        "gpus": gpus,
         "started_at": now,
     }
     return attempt_row(connection.execute(insert(attempt).values(**values).returning(*attempt.c)).mappings().one())
@@ -115,7 +119,7 @@ def end(
         )
     now = datetime.now(UTC)
     step = summary.step if end_step is None and summary is not None else end_step
-    closing = _closing(attempt, summary, now)
+    closing = _closing(attempt, summary, now) | {"held_seconds": (now - attempt.started_at).total_seconds()}
     _close(connection, attempt.id, cause=cause, reason=reason, end_step=step, log_tail=log_tail, **closing)
     kept = None if state == schema.WAITING else step
     connection.execute(
@@ -177,7 +181,8 @@ def _free(connection: Connection, lease: Lease, rows: Sequence[RowMapping]) -> l
     now = datetime.now(UTC)
     reason = "the controller went away while the attempt ran"
     for row in rows:
-        _close(connection, row["id"], ended_at=now, cause=CONTROLLER_LOST, reason=reason)
+        held = _held_until_lost(connection, row, now)
+        _close(connection, row["id"], ended_at=now, held_seconds=held, cause=CONTROLLER_LOST, reason=reason)
         connection.execute(
             update(schema.trial)
             .where(schema.trial.c.fingerprint == row["fingerprint"])
@@ -185,6 +190,13 @@ def _free(connection: Connection, lease: Lease, rows: Sequence[RowMapping]) -> l
         )
         add_event(connection, lease.sweep_id, CONTROLLER_LOST, reason, row["fingerprint"], row["number"])
     return [row["fingerprint"] for row in rows]
+
+
+def _held_until_lost(connection: Connection, row: RowMapping, now: datetime) -> float:
+    """Its gang went with its controller, whose last sign of life is the lease: hours or days may have passed since."""
+    lost_at = leases.last_left_at(connection, row["sweep_id"])
+    until = now if lost_at is None else min(now, datetime.fromtimestamp(lost_at, UTC))
+    return max(0.0, (until - row["started_at"]).total_seconds())
 
 
 def reopen(connection: Connection, sweep_id: int, fingerprints: Sequence[str]) -> int:

@@ -9,7 +9,7 @@ from sqlalchemy import Connection, update
 
 from models.config import Layout
 from models.run_dir import Record, Summary
-from orchestrator.store import attempts, outcomes, query, reader, schema, submission
+from orchestrator.store import attempts, outcomes, query, reader, schema, spending, submission
 from orchestrator.store import lease as leases
 from orchestrator.store.engine import make_engine, parse_url, reading, writing
 from orchestrator.store.migrate import migrate
@@ -17,12 +17,14 @@ from orchestrator.store.query import View
 from orchestrator.store.rows import (
     Added,
     AttemptRow,
+    BudgetLine,
     Curve,
     EventRow,
     FailedRow,
     LayerRow,
     Lease,
     Outcome,
+    Spent,
     SweepRow,
     TailRow,
     TrialRow,
@@ -125,6 +127,20 @@ class Store:
         """(holder, seconds left) while a lease is in force."""
         return self._read(leases.holder, sweep_id)
 
+    # Budgets
+
+    def spent(self, sweep_id: int) -> Spent:
+        """Hours used up over all runs until now."""
+        return self._read(spending.spent, sweep_id)
+
+    def budget(self, sweep_id: int) -> list[BudgetLine]:
+        """The budgets that the last submission declared, with what was added to them and what is used up."""
+        return self._read(spending.budget, sweep_id)
+
+    def pace(self, sweep_id: int) -> tuple[float, float, float, int]:
+        """(FLOPs, GPU-hours, CPU-hours, number) of the sweep's complete trials, whoever ran them."""
+        return self._read(spending.pace, sweep_id)
+
     # Attempts
 
     def take_over(self, lease: Lease) -> list[str]:
@@ -148,9 +164,15 @@ class Store:
         provenance: Mapping[str, Any],
         resume_step: int = 0,
         resumed_from: int | None = None,
+        cpus: float | None = None,
+        gpus: float | None = None,
     ) -> AttemptRow:
-        """Claim a WAITING trial; TrialTaken when it is not (another sweep's controller may run it)."""
-        return self._write(attempts.start, lease, fingerprint, layout, provenance, resume_step, resumed_from)
+        """Claim a WAITING trial; TrialTaken when it is not (another sweep's controller may run it).
+
+        ``cpus`` and ``gpus`` are what its whole gang holds: what budgets are charged.
+        """
+        given = (layout, provenance, resume_step, resumed_from, cpus, gpus)
+        return self._write(attempts.start, lease, fingerprint, *given)
 
     def set_hosts(self, lease: Lease, attempt: AttemptRow, hosts: Sequence[str]) -> None:
         self._write(attempts.set_hosts, lease, attempt, hosts)

@@ -6,7 +6,7 @@ lost the lease without noticing can't write a byte more. An expired lease stays 
 
 from __future__ import annotations
 
-from sqlalchemy import Connection, Float, cast, func, literal, select, update
+from sqlalchemy import Connection, Float, and_, case, cast, func, literal, select, update
 from sqlalchemy.sql.elements import ColumnElement
 
 from orchestrator.store import schema
@@ -28,18 +28,17 @@ def acquire(connection: Connection, sweep_id: int, holder: str, seconds: float) 
     insert_missing(connection, lease, [vacant])
     now = database_seconds(connection)
     held = connection.execute(
-        select(lease.c.holder, lease.c.token, (lease.c.expires_at - now).label("seconds_left"))
+        select(lease.c.holder, lease.c.token, lease.c.expires_at, (lease.c.expires_at - now).label("seconds_left"))
         .where(lease.c.sweep_id == sweep_id)
         .with_for_update()
     ).one()
     if held.seconds_left > 0:
         raise LeaseHeld(held.holder, held.seconds_left)
     token: int = held.token + 1
-    connection.execute(
-        update(lease)
-        .where(lease.c.sweep_id == sweep_id)
-        .values(holder=holder, token=token, expires_at=now + literal(seconds))
-    )
+    values = {"holder": holder, "token": token, "expires_at": now + literal(seconds), "renewed_at": now}
+    if held.holder:  # it ran out, and nobody gave it back
+        values["left_at"] = held.expires_at
+    connection.execute(update(lease).where(lease.c.sweep_id == sweep_id).values(**values))
     return Lease(sweep_id=sweep_id, token=token)
 
 
@@ -55,21 +54,44 @@ def check(connection: Connection, lease: Lease) -> None:
 
 def renew(connection: Connection, lease: Lease, seconds: float) -> None:
     check(connection, lease)
-    connection.execute(
-        update(schema.lease)
-        .where(schema.lease.c.sweep_id == lease.sweep_id)
-        .values(expires_at=database_seconds(connection) + literal(seconds))
-    )
+    now = database_seconds(connection)
+    values = {"expires_at": now + literal(seconds), "renewed_at": now, "held_seconds": _held_until(now)}
+    connection.execute(update(schema.lease).where(schema.lease.c.sweep_id == lease.sweep_id).values(**values))
 
 
 def release(connection: Connection, lease: Lease) -> None:
     """Give the lease back; the old token is void from now on."""
     check(connection, lease)
+    now = database_seconds(connection)
+    vacant = {"holder": "", "token": lease.token + 1, "expires_at": 0.0, "renewed_at": None}
     connection.execute(
         update(schema.lease)
         .where(schema.lease.c.sweep_id == lease.sweep_id)
-        .values(holder="", token=lease.token + 1, expires_at=0.0)
+        .values(held_seconds=_held_until(now), left_at=now, **vacant)
     )
+
+
+def _held_until(now: ColumnElement[float]) -> ColumnElement[float]:
+    """What all holders together have had, as SQL. A lease that was acquired by older code has no ``renewed_at``."""
+    lease = schema.lease
+    return lease.c.held_seconds + now - func.coalesce(lease.c.renewed_at, now)
+
+
+def held_seconds(connection: Connection, sweep_id: int) -> float:
+    """How long controllers have run the sweep, all together. Of one that died, up to its last renewal."""
+    lease, now = schema.lease, database_seconds(connection)
+    is_held = lease.c.expires_at > now
+    held = case((is_held, _held_until(now)), else_=lease.c.held_seconds)
+    return float(connection.scalar(select(held).where(lease.c.sweep_id == sweep_id)) or 0.0)
+
+
+def last_left_at(connection: Connection, sweep_id: int) -> float | None:
+    """When the time of the last holder before the present one was over; None when that is not known."""
+    lease, now = schema.lease, database_seconds(connection)
+    ran_out = and_(lease.c.holder != "", lease.c.expires_at <= now)
+    left = case((ran_out, lease.c.expires_at), else_=lease.c.left_at)
+    moment: float | None = connection.scalar(select(left).where(lease.c.sweep_id == sweep_id))
+    return moment
 
 
 def holder(connection: Connection, sweep_id: int) -> tuple[str, float] | None:

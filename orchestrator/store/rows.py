@@ -44,6 +44,13 @@ CAP_SET = "cap_set"
 """A user has set a cap: ``max_gpus=64``, or ``max_gpus=none``."""
 
 
+BUDGET_EXTENDED = "budget_extended"
+"""A user has added to a budget: ``gpu_hours=+10``."""
+
+BUDGET = "budget"
+"""A budget is nearly or wholly used up."""
+
+
 @dataclass(frozen=True, slots=True)
 class Added:
     """What a submission did: ``num_new`` trials were unknown to the whole store, ``num_known`` were kept."""
@@ -165,6 +172,11 @@ class AttemptRow:
     provenance: dict[str, Any]
     resume_step: int
     resumed_from: int | None
+    cpus: float | None
+    """Of the whole gang; None when they were not noted."""
+    gpus: float | None
+    held_seconds: float | None
+    """From its start until its end was seen, or its controller was lost: what it has used up its gang for."""
     started_at: datetime
     ended_at: datetime | None
     cause: str | None
@@ -262,3 +274,25 @@ class EventRow:
     message: str
     fingerprint: str | None
     attempt: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """What a sweep has used up over all its runs, in hours; what other sweeps ran for it is theirs."""
+
+    gpu_hours: float
+    cpu_hours: float
+    wall_hours: float
+
+
+@dataclass(frozen=True, slots=True)
+class BudgetLine:
+    """A declared budget, in hours: ``limit`` is what the file says and what users have added since."""
+
+    name: str
+    limit: float
+    spent: float
+
+    @property
+    def is_used_up(self) -> bool:
+        return self.spent >= self.limit

@@ -32,7 +32,7 @@ from sqlalchemy.types import TypeDecorator
 VERSION_TABLE = "gatesweep_version"
 """Not ``alembic_version``: Optuna and MLflow use that name, and may share the database."""
 
-REVISIONS = ("0001", "0002", "0003")
+REVISIONS = ("0001", "0002", "0003", "0004")
 """Every schema version this code knows, oldest first. A database at another one was made by newer code."""
 
 WAITING, RUNNING, COMPLETE, PRUNED, DIVERGED, FAILED, CANCELED = STATES = (
@@ -111,7 +111,10 @@ lease = Table(
     Column("sweep_id", RowId, ForeignKey("sweep.id"), primary_key=True, autoincrement=False),
     Column("holder", String(200), nullable=False),
     Column("token", BigInteger, nullable=False),
-    Column("expires_at", Float(53), nullable=False),  # epoch seconds by the database's clock
+    Column("expires_at", Float(53), nullable=False),  # epoch seconds by the database's clock, as those below
+    Column("renewed_at", Float(53)),  # NULL while nobody holds it
+    Column("left_at", Float(53)),  # when the last holder's time was over
+    Column("held_seconds", Float(53), nullable=False, server_default="0"),  # up to the last renewal, over all holders
 )
 
 trial = Table(
@@ -168,6 +171,9 @@ attempt = Table(
     Column("provenance", JSON, nullable=False),
     Column("resume_step", BigInteger, nullable=False),
     Column("resumed_from_attempt", Integer),
+    Column("cpus", Float(53)),
+    Column("gpus", Float(53)),
+    Column("held_seconds", Float(53)),
     Column("started_at", UtcDateTime, nullable=False),
     Column("ended_at", UtcDateTime),
     Column("cause", String(100)),
@@ -178,7 +184,7 @@ attempt = Table(
     Column("peak_memory_bytes", BigInteger),
     Column("log_tail", Text),
     UniqueConstraint("fingerprint", "number"),
-    Index("ix_attempt_sweep_id", "sweep_id"),
+    Index("ix_attempt_spent", "sweep_id", "ended_at", "held_seconds", "cpus", "gpus"),  # what a budget asks for
 )
 
 step_metric = Table(

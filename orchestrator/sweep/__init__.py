@@ -3,12 +3,12 @@
 What is wrong with a file, its data or an override comes out as one UserError that is a whole message.
 """
 
+from orchestrator.sweep.budget import BUDGETS, BudgetConfig, check_extension, limits, refuse_extensions
 from orchestrator.sweep.caps import check_cap
 from orchestrator.sweep.document import DocumentPath, Places, Problems, UserError
 from orchestrator.sweep.fields import KnownField, check_value, config_fields
 from orchestrator.sweep.parsing import load, parse
 from orchestrator.sweep.settings import (
-    BudgetConfig,
     CheckpointConfig,
     CountsAs,
     Derived,
@@ -24,6 +24,7 @@ from orchestrator.sweep.settings import (
 )
 
 __all__ = [
+    "BUDGETS",
     "BudgetConfig",
     "CheckpointConfig",
     "CountsAs",
@@ -42,9 +43,12 @@ __all__ = [
     "UserError",
     "VerdictConfig",
     "check_cap",
+    "check_extension",
     "check_value",
     "compile_pattern",
     "config_fields",
+    "limits",
     "load",
     "parse",
+    "refuse_extensions",
 ]

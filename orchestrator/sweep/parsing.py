@@ -16,11 +16,12 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from orchestrator.sweep.budget import BudgetConfig
 from orchestrator.sweep.document import DocumentPath, Places, Problems, UserError, read_document
 from orchestrator.sweep.fields import check_section, check_value, config_section, known_field, section_of, unknown_key
 from orchestrator.sweep.grammar import read_axes, read_exclude, read_rows, read_zip, refuse_double_settings
 from orchestrator.sweep.override import apply_override
-from orchestrator.sweep.settings import ArmName, Seed, Settings, Sweep, VerdictConfig
+from orchestrator.sweep.settings import ArmName, ResourcesConfig, Seed, Settings, Sweep, VerdictConfig
 from orchestrator.sweep.wording import describe, nearest
 
 _REQUIRED = ("name", "question", "base", "baseline", "arms", "seeds")
@@ -95,7 +96,21 @@ def _settings(tree: dict[str, Any], problems: Problems) -> dict[str, Any]:
                 checked[name] = info.annotation.model_validate(checked[name])
             except ValidationError as error:
                 problems.add((name,), str(error.errors()[0]["msg"]).removeprefix("Value error, "))
+    _refuse_hours_of_no_gpu(checked, problems)
     return checked
+
+
+def _refuse_hours_of_no_gpu(checked: dict[str, Any], problems: Problems) -> None:
+    """A budget that nothing could ever use up."""
+    resources, budget = checked.get("resources", ResourcesConfig()), checked.get("budget", BudgetConfig())
+    if (
+        isinstance(resources, ResourcesConfig)
+        and isinstance(budget, BudgetConfig)
+        and budget.gpu_hours is not None
+        and not resources.gpus
+    ):
+        said = f"got {budget.gpu_hours:g}, and resources.gpus is 0; allowed on CPUs: cpu_hours, wall_hours"
+        problems.add(("budget", "gpu_hours"), said)
 
 
 def _cells(tree: dict[str, Any], problems: Problems) -> dict[str, Any]:

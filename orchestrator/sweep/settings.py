@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, model_
 
 from models.accounting import ACCELERATORS, AcceleratorName
 from models.config import Backend, Count, DiagnosticsConfig, Frozen, Integer, Layout, Positive
+from orchestrator.sweep.budget import BudgetConfig
 from orchestrator.sweep.document import Places
 
 
@@ -199,11 +200,6 @@ class RetryConfig(Frozen):
     rules: Annotated[tuple[FailureRule, ...], BeforeValidator(_as_tuple)] = Field(
         default=(), description="a list of rules such as [{cause: stale_nfs, log: Stale file handle}]"
     )
-
-
-class BudgetConfig(Frozen):
-    wall_hours: Positive | None = None
-    """A cap: the controller stops cleanly when it is reached."""
 
 
 class CheckpointConfig(Frozen):

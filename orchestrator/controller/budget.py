@@ -1,0 +1,56 @@
+"""What a sweep uses up while it runs, against what it may: a notice at 80 %, and the reason to stop at 100 %."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from orchestrator.controller.running import RunningAttempt
+from orchestrator.store import BUDGET, BUDGET_EXTENDED, EventRow, Spent, Store
+from orchestrator.sweep import BUDGETS, BudgetConfig, limits
+
+NOTICE_AT = 0.8
+
+
+class BudgetWatch:
+    """Counts by the controller's clock from what the store knew at the start: asking it again costs a pass over all
+    attempts. ``now``: the clock's seconds at the start."""
+
+    def __init__(self, store: Store, sweep_id: int, declared: BudgetConfig, now: float) -> None:
+        self._declared = declared.model_dump()
+        self._spent = {name: getattr(store.spent(sweep_id), name) for name in BUDGETS}
+        self._counted_until = now
+        self._extensions: list[str] = []
+        self.take(store.events(sweep_id, kinds=(BUDGET_EXTENDED,)))
+        self._told = {event.message for event in store.events(sweep_id, kinds=(BUDGET,))}
+
+    def take(self, events: Iterable[EventRow]) -> None:
+        """Extensions among events of the sweep that were not taken before."""
+        self._extensions += [event.message for event in events if event.kind == BUDGET_EXTENDED]
+
+    def count(self, running: Iterable[RunningAttempt], now: float) -> None:
+        """What the attempts that ran since the last call have held."""
+        hours = (now - self._counted_until) / 3600
+        self._counted_until = now
+        held = [attempt.row for attempt in running]
+        self._spent["gpu_hours"] += hours * sum(row.gpus or 0.0 for row in held)
+        self._spent["cpu_hours"] += hours * sum(row.cpus or 0.0 for row in held)
+        self._spent["wall_hours"] += hours
+
+    @property
+    def spent(self) -> Spent:
+        return Spent(**self._spent)
+
+    def used_up(self, announce: Callable[[str], None]) -> str | None:
+        """Why nothing may run any more, or None. ``announce`` gets each piece of news once in the sweep's life."""
+        reason = None
+        for name, limit in limits(self._declared, self._extensions).items():
+            if self._spent[name] >= limit:
+                said = reason = f"budget.{name} {limit:g} is used up"
+            elif self._spent[name] >= NOTICE_AT * limit:
+                said = f"{NOTICE_AT:.0%} of budget.{name} {limit:g} is used"
+            else:
+                continue
+            if said not in self._told:
+                self._told.add(said)
+                announce(said)
+        return reason

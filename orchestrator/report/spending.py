@@ -1,0 +1,90 @@
+"""What a sweep has used up of its budgets, and what the rest of its plan will take, as far as that can be known."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from orchestrator.sweep import limits
+
+if TYPE_CHECKING:
+    from orchestrator.plan import Plan, PlannedTrial
+    from orchestrator.store import BudgetLine, Spent, Store
+
+_OVER = ("COMPLETE", "DIVERGED", "PRUNED")
+
+
+def hours_text(hours: float) -> str:
+    """``0.00123``, ``12.3``, ``1,235``: three digits, and no exponent."""
+    return f"{hours:,.0f}" if hours >= 1000 else f"{hours:.3g}" if hours >= 1e-4 else "0"
+
+
+def budget_lines(lines: Sequence[BudgetLine], sweep: str) -> list[str]:
+    """A line a budget: what is used, of what, and how to go on once it is used up."""
+    said = []
+    for line in lines:
+        share = f"{line.spent / line.limit:.0%} used"
+        mend = f"used up: nothing starts; gatesweep run FILE --extend {line.name}=+HOURS goes on"
+        standing = f"{hours_text(line.spent)} of {hours_text(line.limit)}"
+        said.append(f"{sweep}: {line.name} {standing}, {mend if line.is_used_up else share}")
+    return said
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What the store knows of a sweep that is planned: nothing, when it was never submitted."""
+
+    spent: Spent
+    extensions: tuple[str, ...]
+    flops: float
+    """Of its complete trials."""
+    gpu_hours: float
+    """What these took, with all their attempts."""
+    cpu_hours: float
+    num_complete: int
+
+    @classmethod
+    def of(cls, store: Store, sweep_id: int) -> Standing:
+        from orchestrator.store import BUDGET_EXTENDED
+
+        extensions = tuple(event.message for event in store.events(sweep_id, kind=BUDGET_EXTENDED))
+        return cls(store.spent(sweep_id), extensions, *store.pace(sweep_id))
+
+
+def budget_forecast(plan: Plan, states: Mapping[str, str], standing: Standing | None) -> list[str]:
+    """A line for each declared budget: what is used, and what the trials that are not over yet will take."""
+    left = [trial for trial in plan.trials if states.get(trial.fingerprint) not in _OVER]
+    said = []
+    added = standing.extensions if standing else ()
+    for name, limit in limits(plan.sweep.budget.model_dump(), added).items():
+        used = getattr(standing.spent, name) if standing else 0.0
+        line = f"{name}: {hours_text(used)} of {hours_text(limit)} used"
+        if name != "wall_hours" and left:
+            line += _what_is_left(plan, left, name, limit - used, standing)
+        said.append(line)
+    return said
+
+
+def _what_is_left(plan: Plan, left: Sequence[PlannedTrial], name: str, room: float, standing: Standing | None) -> str:
+    flops = sum(trial.training_flops for trial in left)
+    measured = getattr(standing, name) if standing else 0.0
+    if standing is not None and measured and standing.flops:
+        takes = flops * measured / standing.flops
+        trials = "the complete trial" if standing.num_complete == 1 else f"{standing.num_complete:,} complete trials"
+        words = f"the rest takes about {hours_text(takes)}, at the pace of {trials}"
+    else:
+        least = _at_peak(plan, left) if name == "gpu_hours" else None
+        if least is None:
+            return "; what the rest takes is known once a trial is complete"
+        takes = least
+        words = f"the rest takes at least {hours_text(takes)}, the GPUs at their peak all the time"
+    return f"; {words}" + (f": {hours_text(takes - room)} more than there is" if takes > room else "")
+
+
+def _at_peak(plan: Plan, left: Sequence[PlannedTrial]) -> float | None:
+    """GPU-hours; None when a peak is not known."""
+    resources = plan.sweep.resources
+    peaks = [resources.rank_peak_flops(trial.config.precision) for trial in left]
+    seconds = [trial.training_flops / peak for trial, peak in zip(left, peaks, strict=True) if peak is not None]
+    return sum(seconds) * resources.gpus / 3600 if len(seconds) == len(left) else None
