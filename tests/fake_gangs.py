@@ -21,6 +21,7 @@ from models import run_dir
 from models.config import TrialConfig
 from models.run_dir import AttemptSpec, DiagnosticRecord, Record, StepRecord, Summary, ValidationRecord
 from orchestrator.controller import Controller
+from orchestrator.controller.clock import Clock
 from orchestrator.gang import GangEnd, GangShape, GangState
 from orchestrator.plan import Plan
 from orchestrator.store import Store
@@ -183,6 +184,19 @@ def fake_probe(config: TrialConfig, step: int) -> DiagnosticRecord:
     )
 
 
+class FakeClock(Clock):
+    """Stands still until it is moved."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        pass
+
+
 class FakeCluster:
     """With ``hosts``, one gang a host, the first free one first; else all gangs are on one host."""
 
@@ -213,10 +227,12 @@ class Bench:
     home: Path
     store: Store
 
-    def controller(self, plan: Plan, cluster: Any, watcher: Watcher | None = None) -> Controller:
+    def controller(
+        self, plan: Plan, cluster: Any, watcher: Watcher | None = None, clock: Clock | None = None
+    ) -> Controller:
         sweep_id = self.store.add(plan).sweep_id
         view = watcher or Watcher()
-        given = (plan.sweep, sweep_id, self.store, cluster, NoMirror(), self.home, view, plan.confirmations)
+        given = (plan.sweep, sweep_id, self.store, cluster, NoMirror(), self.home, view, plan.confirmations, clock)
         return Controller(*given)  # type: ignore[arg-type]
 
     def run(self, plan: Plan, fate: FateAt = all_goes_well, capacity: int = 2) -> Watcher:

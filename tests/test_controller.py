@@ -377,23 +377,6 @@ def test_a_second_request_does_not_wait_for_checkpoints(bench: Bench, plan: Plan
     assert bench.curves(plan) == undisturbed
 
 
-def test_the_wall_budget_stops_the_run_and_not_the_sweep(bench: Bench, tmp_path, undisturbed: Curves):
-    limited = plan_of(tmp_path, ["budget.wall_hours=1"])
-    watcher = Watcher()
-    with bench.controller(limited, FakeCluster(2), watcher) as controller:
-        watcher.on_tick = lambda snapshot: (
-            setattr(controller, "started", controller.started - 3601)
-            if any(running.step >= 6 for running in snapshot.running)
-            else None
-        )
-        with pytest.raises(SweepStopped, match=r"budget\.wall_hours 1 is used up"):
-            controller.run()
-    rows = bench.trials(limited)
-    assert {(row.state, row.cause) for row in rows.values()} == {("WAITING", "budget")}
-    bench.run(limited)
-    assert bench.curves(limited) == undisturbed
-
-
 # -- one controller a sweep, and what a dead one leaves ---------------------------------------------------------
 
 

@@ -5,8 +5,8 @@ Read ``loop``, which is a page, then its steps: ``launching``, ``following``, ``
 """
 
 from orchestrator.controller.lease_holder import is_dead
-from orchestrator.controller.loop import Controller, SweepStopped
+from orchestrator.controller.loop import BudgetUsedUp, Controller, SweepStopped
 from orchestrator.controller.selection import choose_rates
 from orchestrator.controller.snapshot import Running, Snapshot, View
 
-__all__ = ["Controller", "Running", "Snapshot", "SweepStopped", "View", "choose_rates", "is_dead"]
+__all__ = ["BudgetUsedUp", "Controller", "Running", "Snapshot", "SweepStopped", "View", "choose_rates", "is_dead"]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+from orchestrator.controller.orders import Orders
 from orchestrator.controller.running import RunningAttempt
-from orchestrator.store import BUDGET, BUDGET_EXTENDED, EventRow, Spent, Store
+from orchestrator.store import BUDGET, Store
 from orchestrator.sweep import BUDGETS, BudgetConfig, limits
 
 NOTICE_AT = 0.8
@@ -15,17 +16,11 @@ class BudgetWatch:
     """Counts by the controller's clock from what the store knew at the start: asking it again costs a pass over all
     attempts. ``now``: the clock's seconds at the start."""
 
-    def __init__(self, store: Store, sweep_id: int, declared: BudgetConfig, now: float) -> None:
-        self._declared = declared.model_dump()
+    def __init__(self, store: Store, sweep_id: int, declared: BudgetConfig, orders: Orders, now: float) -> None:
+        self._declared, self._orders = declared.model_dump(), orders
         self._spent = {name: getattr(store.spent(sweep_id), name) for name in BUDGETS}
         self._counted_until = now
-        self._extensions: list[str] = []
-        self.take(store.events(sweep_id, kinds=(BUDGET_EXTENDED,)))
-        self._told = {event.message for event in store.events(sweep_id, kinds=(BUDGET,))}
-
-    def take(self, events: Iterable[EventRow]) -> None:
-        """Extensions among events of the sweep that were not taken before."""
-        self._extensions += [event.message for event in events if event.kind == BUDGET_EXTENDED]
+        self._told = {event.message for event in store.events(sweep_id, kind=BUDGET)}
 
     def count(self, running: Iterable[RunningAttempt], now: float) -> None:
         """What the attempts that ran since the last call have held."""
@@ -36,14 +31,10 @@ class BudgetWatch:
         self._spent["cpu_hours"] += hours * sum(row.cpus or 0.0 for row in held)
         self._spent["wall_hours"] += hours
 
-    @property
-    def spent(self) -> Spent:
-        return Spent(**self._spent)
-
     def used_up(self, announce: Callable[[str], None]) -> str | None:
         """Why nothing may run any more, or None. ``announce`` gets each piece of news once in the sweep's life."""
         reason = None
-        for name, limit in limits(self._declared, self._extensions).items():
+        for name, limit in limits(self._declared, self._orders.extensions).items():
             if self._spent[name] >= limit:
                 said = reason = f"budget.{name} {limit:g} is used up"
             elif self._spent[name] >= NOTICE_AT * limit:

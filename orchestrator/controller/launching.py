@@ -28,6 +28,8 @@ def launch(run: SweepRun, gang: Gang, trial: TrialRow) -> tuple[RunningAttempt, 
             provenance={**provenance(), **data_hashes(trial.config)},
             resume_step=resume.step,
             resumed_from=resume.attempt,
+            cpus=gang.shape.cpus_per_rank * gang.shape.layout.world_size,
+            gpus=gang.shape.gpus_per_rank * gang.shape.layout.world_size,
         )
     except TrialTaken:
         return None

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from orchestrator.controller.budget import BudgetWatch
 from orchestrator.controller.clock import Clock
 from orchestrator.controller.disk import DiskWatch
 from orchestrator.controller.ends import end_attempt
@@ -27,7 +28,7 @@ from orchestrator.failures import Wish
 from orchestrator.gang import Cluster, Gang, GangEnd, GangShape
 from orchestrator.plan import Confirmation, PlannedTrial, micro_batch_sizes
 from orchestrator.search import Search
-from orchestrator.store import STATES, Lease, Store, TrialRow
+from orchestrator.store import BUDGET, STATES, Lease, Store, TrialRow
 from orchestrator.sweep import Sweep, UserError
 from orchestrator.tracking import Mirror
 
@@ -40,6 +41,10 @@ NO_LEASE_YET = -1
 
 class SweepStopped(Exception):
     """The sweep was stopped cleanly before its end: interrupted, or out of budget. The next run goes on."""
+
+
+class BudgetUsedUp(SweepStopped):
+    """Nothing may run until the budget is extended."""
 
 
 class Controller:
@@ -94,6 +99,7 @@ class Controller:
         self.lease = acquire_lease(self.store, self.sweep.name, self.sweep_id, LEASE_SECONDS, self.view.tell)
         self.sweep_run.lease = self.lease
         self.lease_renewed = self.started = self.clock.monotonic()
+        self.budget = BudgetWatch(self.store, self.sweep_id, self.sweep.budget, self.orders, self.started)
         left = self.store.take_over(self.lease)
         self.store.cancel(self.sweep_id, self.orders.left_to_cancel(left))
         self._tell_left(left)
@@ -128,16 +134,17 @@ class Controller:
             self._keep_lease()
             self.stopping.heed_requests(self.sweep_run)
             self._refresh()
-            self._work()
             self._check_budget()
+            self._work()
             self.view.tick(self._snapshot())
             if not self.running and (self.stopping or not self._unfinished()):
                 break
             if self.stopping.is_overdue(self.sweep_run):
                 self._abandon()
             self.clock.sleep(POLL_SECONDS)
-        if self.stopping and self._unfinished():
-            raise SweepStopped(self.stopping.reason)
+        if self.stopping.wish and self._unfinished():
+            kind = BudgetUsedUp if self.stopping.wish.kind == "budget" else SweepStopped
+            raise kind(self.stopping.reason)
 
     def request_stop(self, reason: str) -> None:
         """Ask for a clean stop. A second call stops waiting for checkpoints. Safe to call from a signal handler."""
@@ -190,10 +197,14 @@ class Controller:
                 attempt.ask_to_stop(Wish("canceled", "canceled", "canceled by the user"))
 
     def _check_budget(self) -> None:
-        hours = self.sweep.budget.wall_hours
-        if hours is not None and not self.stopping and self.clock.monotonic() - self.started > hours * 3600:
-            wish = Wish("budget", "budget", f"budget.wall_hours {hours:g} is used up")
-            self.stopping.stop_all(self.sweep_run, wish)
+        self.budget.count(self.running, self.clock.monotonic())
+        reason = self.budget.used_up(self._announce)
+        if reason is not None and not self.stopping:
+            self.stopping.stop_all(self.sweep_run, Wish("budget", "budget", reason))
+
+    def _announce(self, news: str) -> None:
+        self.view.tell(f"budget    {news}")
+        self.store.add_event(self.sweep_id, BUDGET, news)
 
     def _snapshot(self) -> Snapshot:
         counts = Counter(trial.state for trial in self.trials.rows)

@@ -1,20 +1,23 @@
-"""What users ask of a sweep while it runs, as events in the store: to cancel running trials, to change its caps."""
+"""What users ask of a sweep while it runs, as events in the store: to cancel running trials, to change its caps, to add
+to its budgets."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
 from orchestrator.gang import GangShape
-from orchestrator.store import CANCEL_WANTED, CAP_SET, EventRow, Store
+from orchestrator.store import BUDGET_EXTENDED, CANCEL_WANTED, CAP_SET, EventRow, Store
 from orchestrator.sweep import ResourcesConfig
 
 
 class Orders:
-    """The caps in force, and what has been asked since the last look. Caps outlive the controller."""
+    """The caps in force, and what has been asked since the last look. Caps and extensions outlive the controller."""
 
     def __init__(self, store: Store, sweep_id: int, resources: ResourcesConfig) -> None:
         self._store, self._sweep_id = store, sweep_id
         self._caps: dict[str, float | None] = {"max_trials": resources.max_trials, "max_gpus": resources.max_gpus}
+        self.extensions: list[str] = []
+        """What was added to budgets: ``gpu_hours=+10``."""
         self._after = 0
         self._take(self._new())
 
@@ -49,6 +52,8 @@ class Orders:
             if event.kind == CAP_SET:
                 name, _, value = event.message.partition("=")
                 self._caps[name] = None if value == "none" else float(value)
+            elif event.kind == BUDGET_EXTENDED:
+                self.extensions.append(event.message)
 
 
 def _is_cancel(event: EventRow) -> bool:

@@ -196,7 +196,8 @@ def _held_until_lost(connection: Connection, row: RowMapping, now: datetime) -> 
     """Its gang went with its controller, whose last sign of life is the lease: hours or days may have passed since."""
     lost_at = leases.last_left_at(connection, row["sweep_id"])
     until = now if lost_at is None else min(now, datetime.fromtimestamp(lost_at, UTC))
-    return max(0.0, (until - row["started_at"]).total_seconds())
+    started_at: datetime = row["started_at"]
+    return max(0.0, (until - started_at).total_seconds())
 
 
 def reopen(connection: Connection, sweep_id: int, fingerprints: Sequence[str]) -> int:

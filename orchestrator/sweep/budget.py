@@ -43,9 +43,9 @@ def limits(declared: Mapping[str, float | None], extensions: Iterable[str]) -> d
     """Hours by budget: what the file declares and what was added since. A budget that is not declared has no limit."""
     allowed = {name: hours for name in BUDGETS if (hours := declared.get(name)) is not None}
     for extension in extensions:
-        name, _, hours = extension.partition("=")
+        name, _, added = extension.partition("=")
         if name in allowed:
-            allowed[name] += float(hours)
+            allowed[name] += float(added)
     return allowed
 
 
