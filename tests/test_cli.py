@@ -425,6 +425,8 @@ def test_query_reads_the_views(ran: Gatesweep):
     missing = ran("query", "SELECT validation_loss_nats FROM results WHERE state = 'DIVERGED'")
     assert [line.strip() for line in missing.out.splitlines()[1:]] == ["NULL", "NULL"]
     assert ran("query", "SELECT arm FROM results WHERE arm = 'none'").out == "no rows\n"
+    cut = ran("query", sql, "--format", "csv", "--max-rows", "2")
+    assert (len(cut.out.splitlines()), "there are more rows than these 2" in cut.err) == (3, True)
 
 
 @pytest.mark.parametrize(

@@ -171,10 +171,16 @@ class FrameFormat(StrEnum):
 def query(
     sql: Annotated[str, typer.Argument(help='For example "SELECT arm, lr, validation_loss_nats FROM results".')],
     format: Annotated[FrameFormat, typer.Option("--format")] = FrameFormat.TABLE,
+    max_rows: Annotated[int, typer.Option(min=1, help="Rows beyond these are cut, with a note.")] = 100_000,
+    timeout: Annotated[float, typer.Option(min=0.001, help="Seconds after which the query is stopped.")] = 60.0,
 ) -> None:
     """Ask the store in SQL, read-only. Views: results, curves, attempts, diagnostics."""
     with existing_store() as store:
-        frame = store.query(sql)
+        frame = store.query(sql, timeout, max_rows)
+    if frame.attrs["is_cut"]:
+        errors.print(
+            f"note: there are more rows than these {max_rows:,}; narrow the query, or give --max-rows", highlight=False
+        )
     if format is FrameFormat.CSV:
         sys.stdout.write(frame.to_csv(index=False))
     elif format is FrameFormat.JSON:

@@ -25,6 +25,8 @@ class Home:
     """Where a new MLflow experiment keeps artifacts; None: the server decides."""
     optuna_url: str
     """``GATESWEEP_OPTUNA``: the copy for optuna-dashboard."""
+    reader_url: str | None = None
+    """``GATESWEEP_STORE_READER``: the Postgres store by a role that can only read, for ``gatesweep query``."""
 
     @property
     def artifact_root(self) -> str:
@@ -41,6 +43,7 @@ class Home:
             tracking_uri=tracking,
             artifact_location=str(directory / "mlartifacts") if tracking == local_mlflow else None,
             optuna_url=environment.get("GATESWEEP_OPTUNA") or f"sqlite:///{directory / 'optuna.db'}",
+            reader_url=environment.get("GATESWEEP_STORE_READER") or None,
         )
 
 
@@ -65,7 +68,7 @@ def existing_store() -> Store:
     home = Home.of()
     if not has_store(home):
         raise UserError(f"nothing has run yet: no store at {home.store_url} (GATESWEEP_HOME is {home.directory})")
-    return Store(home.store_url)
+    return Store(home.store_url, home.reader_url)
 
 
 def has_store(home: Home) -> bool:

@@ -47,10 +47,12 @@ class Store:
     lies on a network file system. Writes of a controller take its lease and raise LeaseLost once it is void.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, reader_url: str | None = None) -> None:
+        """``reader_url``: the same Postgres by a role that can only read, for free queries."""
         parsed = parse_url(url)
         self.url = parsed.render_as_string(hide_password=True)
         self._engine = make_engine(parsed)
+        self._reader_url = reader_url
         migrate(self._engine)
 
     def __enter__(self) -> Self:
@@ -245,9 +247,21 @@ class Store:
 
     # SQL and notebooks
 
-    def query(self, sql: str, timeout_seconds: float = query.TIMEOUT_SECONDS) -> pd.DataFrame:
-        """One reading statement, on its own read-only connection; mistakes and refusals are UserErrors."""
-        return query.to_frame(query.run(self._engine, sql, seconds=timeout_seconds))
+    def query(
+        self, sql: str, timeout_seconds: float = query.TIMEOUT_SECONDS, max_rows: int | None = None
+    ) -> pd.DataFrame:
+        """One reading statement, on its own read-only connection; mistakes and refusals are UserErrors.
+
+        ``attrs["is_cut"]`` of the frame says whether ``max_rows`` left something out.
+        """
+        if self._reader_url is None or self._engine.dialect.name == "sqlite":
+            return query.to_frame(query.run(self._engine, sql, (), timeout_seconds, max_rows), max_rows)
+        reader_engine = make_engine(parse_url(self._reader_url))
+        try:
+            query.check_reader(reader_engine)
+            return query.to_frame(query.run(reader_engine, sql, (), timeout_seconds, max_rows), max_rows)
+        finally:
+            reader_engine.dispose()
 
     def frame(self, view: View, sweep: str | None = None) -> pd.DataFrame:
         """A view as a DataFrame, of one sweep or all, with a column an axis (``train.lr``)."""

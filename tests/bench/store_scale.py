@@ -55,7 +55,7 @@ axes:
   train.lr: [{rates}]
   train.weight_decay: [{decays}]
 seeds: [{seeds}]
-extra_baseline_seeds: []
+baseline_seeds: {num_seeds}
 verdict: {{margin: 0.01}}
 controls: []
 """
@@ -72,6 +72,7 @@ def sweep_text(number: int, num_trials: int) -> str:
         rates=", ".join(f"{1e-4 * 2**index:.4g}" for index in range(RATES)),
         decays=", ".join(f"{index / 100}" for index in range(TABLES_A_SWEEP)),
         seeds=", ".join(map(str, range(1, num_seeds + 1))),
+        num_seeds=num_seeds,
     )
 
 
