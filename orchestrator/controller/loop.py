@@ -19,6 +19,7 @@ from orchestrator.controller.known_trials import KnownTrials
 from orchestrator.controller.launching import launch
 from orchestrator.controller.lease_holder import acquire_lease
 from orchestrator.controller.orders import Orders
+from orchestrator.controller.pruning import RankPruning
 from orchestrator.controller.running import RunningAttempt, eta_seconds, trial_name
 from orchestrator.controller.selection import choose_rates
 from orchestrator.controller.snapshot import Snapshot, View
@@ -87,6 +88,7 @@ class Controller:
         )
         self.trials, self.pool = self.sweep_run.trials, self.sweep_run.pool
         self.orders = Orders(store, sweep_id, sweep.resources)
+        self.pruning = RankPruning(self.sweep_run)
         self.stopping = Stopping()
 
     @property
@@ -152,7 +154,8 @@ class Controller:
 
     def _work(self) -> None:
         """Trials onto gangs, and what runs a bit further."""
-        waiting = self._waiting()
+        self.pruning.work()
+        waiting = self.pruning.launchable(self._waiting())
         self.pool.start(len(waiting) + len(self.running), self.orders.max_gangs(self.shape))
         for gang, trial in zip(self.pool.idle(), waiting, strict=False):
             self._launch(gang, trial)

@@ -94,6 +94,7 @@ class RunningAttempt:
         paused = self.wish is not None and result.cause == self.wish.kind
         words = {
             "DIVERGED": "diverged ",
+            "PRUNED": "pruned   ",
             "FAILED": "FAILED   ",
             "CANCELED": "canceled ",
             "WAITING": "paused   " if paused else "retrying ",

@@ -33,7 +33,7 @@ LONGEST_BACKOFF_SECONDS = 300.0
 class Wish:
     """Why the controller told an attempt to stop, if it did."""
 
-    kind: Literal["divergence", "interrupted", "budget", "hang", "canceled"]
+    kind: Literal["divergence", "interrupted", "budget", "hang", "canceled", "rank", "rung"]
     rule: str
     reason: str
     step: int | None = None
@@ -58,7 +58,7 @@ class Ending:
 class Consequence:
     """The trial's next state; WAITING means that it will be tried again."""
 
-    state: Literal["WAITING", "COMPLETE", "DIVERGED", "FAILED", "CANCELED"]
+    state: Literal["WAITING", "COMPLETE", "PRUNED", "DIVERGED", "FAILED", "CANCELED"]
     cause: str
     reason: str
     end_step: int | None = None
@@ -79,6 +79,9 @@ def consequence(ending: Ending, earlier: Sequence[AttemptRow], retry: RetryConfi
         return _after_nonfinite(nonfinite_step, _nonfinite_reason(ending), earlier)
     if summary is not None and summary.outcome == "complete":
         return Consequence("COMPLETE", "complete", f"all {summary.step} steps", summary.step)
+    if wish is not None and wish.kind == "rank":
+        # A rate that ranks too low is stopped, however its gang came to an end.
+        return Consequence("PRUNED", wish.rule, wish.reason, wish.step if summary is None else summary.step)
     if wish is not None and wish.kind == "canceled":
         return Consequence("CANCELED", "canceled", wish.reason)
     if wish is not None and wish.kind != HANG:

@@ -20,8 +20,10 @@ def footnotes(
     trials: Sequence[TrialResult],
     comparison: Comparison,
     exploratory: Sequence[str],
+    pruned: str = "",
 ) -> tuple[str, ...]:
-    """In the order of their weight. ``trials`` are those of the table, ``exploratory`` the reasons for the mark."""
+    """In the order of their weight. ``trials`` are those of the table, ``exploratory`` the reasons for the mark,
+    ``pruned`` is about the whole sweep."""
     notes = [
         _interval(heading, comparison),
         _look(heading, comparison),
@@ -33,7 +35,7 @@ def footnotes(
         _optima(heading, rows),
         _diverged(trials),
         _chance(rows),
-        _pruned(rows),
+        _pruned(rows, pruned),
         _incomplete(rows, trials),
         _holes(trials),
         _unfinished(trials),
@@ -173,9 +175,11 @@ def _diverged(trials: Sequence[TrialResult]) -> str:
     return f"diverged (a cell with a diverged seed has no mean): {'; '.join(named)}" if named else ""
 
 
-def _pruned(rows: Sequence[ArmRow]) -> str:
+def _pruned(rows: Sequence[ArmRow], audited: str) -> str:
     named = ", ".join(f"{row.arm} {row.counts['PRUNED']}" for row in rows if "PRUNED" in row.counts)
-    return f"pruned by rank before their end: {named}" if named else ""
+    if not named:
+        return audited
+    return f"{audited or 'pruned by rank before their end'}; trials stopped: {named}"
 
 
 def _incomplete(rows: Sequence[ArmRow], trials: Sequence[TrialResult]) -> str:

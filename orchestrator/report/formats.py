@@ -76,9 +76,18 @@ def to_json(results: Results) -> str:
         "validation_split": results.split,
         "counts": dict(results.counts),
         "tables": [_json_table(table) for table in results.tables],
+        "pruning": _json_pruning(results),
         "trials": [asdict(trial) for trial in results.trials],
     }
     return json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def _json_pruning(results: Results) -> dict[str, Any] | None:
+    found = results.pruning
+    if found is None:
+        return None
+    more = {"false_rate": found.false_rate, "share_saved": found.share_saved, "formula": scaling.AUDIT_VERSION}
+    return {**asdict(found), **more}
 
 
 def _json_table(table: VerdictTable) -> dict[str, Any]:

@@ -188,6 +188,7 @@ def status_table(store: Store) -> RenderableType:
         parts += [
             *_budget(store, sweep),
             *_excluded_hosts(store, sweep),
+            *_pruned_cells(store, sweep),
             *_last_events(store, sweep),
             *_failed_trials(store, sweep, of_sweep.get("FAILED", 0)),
         ]
@@ -213,6 +214,19 @@ def _excluded_hosts(store: Store, sweep: SweepRow) -> list[Text]:
     hosts = [event.message for event in store.events(sweep.id, kind=HOST_EXCLUDED)]
     title = Text(f"{sweep.name}: {plural(len(hosts), 'excluded host')}", style="bold red")
     return [Text(""), title, *(Text(f"  {host}") for host in hosts)] if hosts else []
+
+
+def _pruned_cells(store: Store, sweep: SweepRow) -> list[Text]:
+    decisions = store.rank_decisions(sweep.id)
+    if not decisions:
+        return []
+    choosing = set(sweep.settings.get("seeds") or ())
+    cells = {(one.arm, axes_text(one.axes)) for one in store.trials(sweep.id) if one.seed in choosing}
+    dropped, audited = (
+        sum(len(one) for one in of) for of in zip(*((d.dropped, d.audited) for d in decisions), strict=True)
+    )
+    said = f"{dropped} of {plural(len(cells), 'cell')} pruned by rank, {audited} of them audited"
+    return [Text(""), Text(f"{sweep.name}: {said}; gatesweep results {sweep.name} tells the false-prune rate")]
 
 
 def _failed_trials(store: Store, sweep: SweepRow, number: int) -> list[Text]:

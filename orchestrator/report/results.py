@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from models.accounting import utilisation
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 def results(store: Store, sweep_name: str) -> Results:
     """The verdict tables of a stored sweep, as its trials stand now. UserError when there is no such sweep."""
     sweep = store.sweep(sweep_name)
-    heading = _heading(sweep)
+    heading = replace(_heading(sweep), rank_decisions=tuple(store.rank_decisions(sweep.id)))
     return tabulate(heading, _trial_results(store, sweep, heading.tail))
 
 
@@ -169,4 +170,5 @@ def _trial_result(
         flops_per_second=flops_per_second,
         utilisation=utilisation(flops_per_second, peak, num_ranks),
         trained_in=trained_in,
+        share_done=(outcome.end_step or 0) / outcome.num_steps,
     )

@@ -16,6 +16,7 @@ from statistics import fmean, median
 from typing import Any
 
 from orchestrator.report.footnotes import footnotes
+from orchestrator.report.pruning import audit, audit_in_words
 from orchestrator.report.tree import (
     LR_AXIS,
     STATES,
@@ -48,6 +49,8 @@ def tabulate(heading: SweepHeading, trials: Sequence[TrialResult]) -> Results:
         key = _key(axes)
         axes_of[key] = axes
         groups.setdefault(key, []).append(trial)
+    pruning = audit(heading, split, trials)
+    pruned = "" if pruning is None else audit_in_words(pruning)
     ordered = sorted(groups, key=lambda key: [_sort_key(value) for _, value in axes_of[key]])
     return Results(
         sweep=heading.name,
@@ -59,7 +62,8 @@ def tabulate(heading: SweepHeading, trials: Sequence[TrialResult]) -> Results:
         tail=heading.tail,
         split=split,
         counts=_counts(trials),
-        tables=tuple(_table(heading, split, axes_of[key], groups[key]) for key in ordered),
+        tables=tuple(_table(heading, split, axes_of[key], groups[key], pruned) for key in ordered),
+        pruning=pruning,
         trials=tuple(trials),
     )
 
@@ -118,7 +122,11 @@ class _Arm:
 
 
 def _table(
-    heading: SweepHeading, split: Split, axes: tuple[tuple[str, Any], ...], trials: Sequence[TrialResult]
+    heading: SweepHeading,
+    split: Split,
+    axes: tuple[tuple[str, Any], ...],
+    trials: Sequence[TrialResult],
+    pruned: str,
 ) -> VerdictTable:
     others = dict.fromkeys([*heading.arms, *(trial.arm for trial in trials)])
     names = [heading.baseline, *(name for name in others if name != heading.baseline)]
@@ -129,7 +137,7 @@ def _table(
     comparison = compare(
         [_sample(arm) for arm in arms], heading.baseline, heading.margin_nats, heading.alpha, heading.design
     )
-    chosen = not heading.confirm_seeds and any(arm.learning_rate.num_finite > 1 for arm in arms)
+    chosen = not heading.confirm_seeds and any(_was_chosen(arm.learning_rate) for arm in arms)
     reasons = (*((LR_REASON,) if chosen else ()), *heading.exploratory)
     noise = pooled_variance([arm.learning_rate for arm in arms])
     rows = _ranked(
@@ -155,8 +163,13 @@ def _table(
         variances_p=comparison.variances_p,
         trials_compared=_compared(rows),
         states=_cell_states(trials),
-        footnotes=footnotes(heading, split, rows, trials, comparison, reasons),
+        footnotes=footnotes(heading, split, rows, trials, comparison, reasons, pruned),
     )
+
+
+def _was_chosen(rates: BestLearningRate) -> bool:
+    """Among several, also where all the others were stopped on the way."""
+    return rates.num_finite + sum(point.num_pruned > 0 for point in rates.points) > 1
 
 
 def _cell_states(trials: Sequence[TrialResult]) -> tuple[CellStates, ...]:

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from orchestrator.scaling import Edge, Optimum
+from orchestrator.scaling import Edge, Optimum, PruningAudit
+from orchestrator.store import RankDecision
 from orchestrator.verdict import Decision, Design, Method, NoiseFloor
 
 LR_AXIS = "train.lr"
@@ -50,6 +51,8 @@ class SweepHeading:
     """Seeds of the verdicts, where ``seeds`` only choose the learning rates. ``extra_baseline_seeds`` are such, too."""
     changes: tuple[str, ...] = ()
     """What was declared otherwise after the first submission, whose settings hold."""
+    rank_decisions: tuple[RankDecision, ...] = ()
+    """What was pruned by rank, oldest first."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,8 @@ class TrialResult:
     """Of the ranks' peak, 0 to 1 (MFU); only where the sweep that trained it knows the peak."""
     trained_in: str | None = None
     """The sweep whose controller trained it, when that is not the sweep of the table."""
+    share_done: float = 0.0
+    """Of its schedule, 0 to 1, up to where it ended; 0 as long as it has not."""
 
 
 @dataclass(frozen=True)
@@ -184,4 +189,6 @@ class Results:
     split: Split
     counts: Mapping[str, int]
     tables: tuple[VerdictTable, ...]
+    pruning: PruningAudit | None
+    """Of all tables; None when nothing was pruned by rank."""
     trials: tuple[TrialResult, ...] = field(repr=False)

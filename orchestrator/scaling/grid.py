@@ -43,6 +43,8 @@ class LearningRatePoint:
     num_diverged: int
     num_open: int
     """Seeds that are waiting or running."""
+    num_pruned: int
+    """Seeds stopped for the rate's rank."""
     losses_nats: tuple[float, ...]
     """Final losses of the complete seeds, by ascending seed."""
     mean_loss_nats: float | None
@@ -127,6 +129,7 @@ def _point(lr: float, cell: Sequence[CellResult], expected: set[int]) -> Learnin
         num_complete=sum(result.state == "COMPLETE" for result in cell),
         num_diverged=sum(result.state == "DIVERGED" for result in cell),
         num_open=sum(result.state in ("WAITING", "RUNNING") for result in cell),
+        num_pruned=sum(result.state == "PRUNED" for result in cell),
         losses_nats=losses,
         mean_loss_nats=fmean(losses) if whole else None,
         sd_loss_nats=stdev(losses) if whole and len(losses) > 1 else None,
@@ -135,11 +138,12 @@ def _point(lr: float, cell: Sequence[CellResult], expected: set[int]) -> Learnin
 
 def _edge(points: tuple[LearningRatePoint, ...], best: LearningRatePoint) -> Edge | None:
     """A single rate is no grid and has no edge. A diverged rate above is a bound that was found, not an edge; one
-    still open may yet be one. Rates that only failed or are missing bound nothing.
+    still open may yet be one. One that was pruned was worse, which bounds, too. Rates that only failed or are missing
+    bound nothing.
     """
     if len(points) == 1:
         return None
-    telling = [p for p in points if p.mean_loss_nats is not None or p.num_diverged or p.num_open]
+    telling = [p for p in points if p.mean_loss_nats is not None or p.num_diverged or p.num_open or p.num_pruned]
     if best is telling[0]:
         return "lowest"
     return "highest" if best is telling[-1] else None

@@ -9,7 +9,7 @@ from sqlalchemy import Connection, update
 
 from models.config import Layout
 from models.run_dir import Record, Summary
-from orchestrator.store import attempts, outcomes, query, reader, schema, spending, submission
+from orchestrator.store import attempts, outcomes, query, ranking, reader, schema, spending, submission
 from orchestrator.store import lease as leases
 from orchestrator.store.engine import make_engine, parse_url, reading, writing
 from orchestrator.store.migrate import migrate
@@ -24,6 +24,7 @@ from orchestrator.store.rows import (
     LayerRow,
     Lease,
     Outcome,
+    RankDecision,
     Spent,
     SweepRow,
     TailRow,
@@ -75,8 +76,10 @@ class Store:
     # Sweeps and trials
 
     def add(self, plan: Plan) -> Added:
-        """Store a plan: known trials are kept, missing ones wait, those no longer planned are not current."""
-        return self._write(submission.add_plan, plan)
+        """Store a plan: known trials are kept, missing ones wait, those no longer planned are not current.
+
+        Of the known ones, those that were pruned elsewhere, or that this sweep prunes no more, wait again."""
+        return self._write(_add, plan)
 
     def choose(self, sweep_id: int, confirmation: Confirmation, lr: float) -> float:
         """Add an arm's confirming trials at ``lr``, or at the rate that the same trials chose before; returns it."""
@@ -199,6 +202,20 @@ class Store:
         """Close the attempt and move the trial; FinishedIsFinal when it has already ended."""
         self._write(attempts.end, lease, attempt, state, cause, reason, end_step, summary, log_tail)
 
+    # Pruning by rank
+
+    def rank_decisions(self, sweep_id: int) -> list[RankDecision]:
+        """Oldest first."""
+        return self._read(ranking.decisions, sweep_id)
+
+    def add_rank_decision(self, lease: Lease, decision: RankDecision, words: str) -> None:
+        """Keep a decision, and ``words`` of it as an event; before anything is stopped for it."""
+        self._write(ranking.add_decision, lease, decision, words)
+
+    def prune(self, lease: Lease, fingerprints: Sequence[str], reason: str) -> list[str]:
+        """WAITING trials become PRUNED; returns those that did."""
+        return self._write(ranking.prune, lease, fingerprints, reason)
+
     # Events, curves, mirrors
 
     def add_event(
@@ -270,3 +287,9 @@ class Store:
         if sweep is not None:
             self.sweep(sweep)
         return query.view_frame(self._engine, view, sweep)
+
+
+def _add(connection: Connection, plan: Plan) -> Added:
+    added = submission.add_plan(connection, plan)
+    ranking.reopen_pruned(connection, added.sweep_id, plan.sweep.model_dump(mode="json", include={"prune"}))
+    return added

@@ -19,7 +19,7 @@ from orchestrator.store.schema import FAILED
 
 _TRIALS = """
 SELECT st.fingerprint, st.arm, CAST(st.axes AS TEXT) AS axes, st.seed, t.lr, t.state, t.cause, t.reason,
-       t.num_parameters, t.training_flops, t.num_steps, t.batch_tokens, t.precision
+       t.num_parameters, t.training_flops, t.num_steps, t.batch_tokens, t.precision, t.end_step
 FROM sweep_trial st JOIN trial t ON t.fingerprint = st.fingerprint
 WHERE st.sweep_id = :sweep_id AND st.current
 ORDER BY st.position

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, NamedTuple
@@ -132,6 +133,7 @@ class Outcome(NamedTuple):
     num_steps: int
     batch_tokens: int
     precision: str
+    end_step: int | None
     num_attempts: int
     backends: tuple[str, ...]
     """What its attempts were built from, as far as they said."""
@@ -262,6 +264,25 @@ class Curve:
 
     steps: tuple[StepRow, ...]
     validations: tuple[ValidationRow, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RankDecision:
+    """Learning rates of one arm that were stopped at one rung, since others of the arm did better there."""
+
+    arm: str
+    axes: Mapping[str, Any]
+    """But the learning rate and what is derived."""
+    fraction: float
+    """The rung, as a share of the schedule."""
+    seeds: tuple[int, ...]
+    """That decided."""
+    losses_nats: Mapping[float, float | None]
+    """By rate, the mean over these seeds, of all that were ranked; None: a seed diverged."""
+    dropped: tuple[float, ...]
+    audited: tuple[float, ...]
+    """Those of ``dropped`` that are finished all the same, drawn before anything was stopped."""
+    formula: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,7 +32,7 @@ from sqlalchemy.types import TypeDecorator
 VERSION_TABLE = "gatesweep_version"
 """Not ``alembic_version``: Optuna and MLflow use that name, and may share the database."""
 
-REVISIONS = ("0001", "0002", "0003", "0004")
+REVISIONS = ("0001", "0002", "0003", "0004", "0005")
 """Every schema version this code knows, oldest first. A database at another one was made by newer code."""
 
 WAITING, RUNNING, COMPLETE, PRUNED, DIVERGED, FAILED, CANCELED = STATES = (
@@ -45,7 +45,8 @@ WAITING, RUNNING, COMPLETE, PRUNED, DIVERGED, FAILED, CANCELED = STATES = (
     "CANCELED",
 )
 FINISHED = (COMPLETE, PRUNED, DIVERGED)
-"""Final for ever. FAILED and CANCELED can be reopened."""
+"""Final for ever. FAILED and CANCELED can be reopened. PRUNED is final for the sweep that stopped the trial: one that
+does not prune, and shares it, has it finished when it is submitted."""
 
 
 class UtcDateTime(TypeDecorator[datetime]):
@@ -238,6 +239,23 @@ layer_diagnostic = Table(
     Column("gates", JSON, nullable=False),
     Column("nonfinite", Boolean, nullable=False),
     sqlite_with_rowid=False,
+)
+
+rank_decision = Table(
+    "rank_decision",
+    metadata,
+    Column("id", RowId, primary_key=True),
+    Column("sweep_id", RowId, ForeignKey("sweep.id"), nullable=False),
+    Column("at", UtcDateTime, nullable=False),
+    Column("arm", String(200), nullable=False),
+    Column("axes", JSON, nullable=False),
+    Column("fraction", Float(53), nullable=False),
+    Column("seeds", JSON, nullable=False),
+    Column("losses_nats", JSON, nullable=False),  # pairs of learning rate and mean loss
+    Column("dropped", JSON, nullable=False),
+    Column("audited", JSON, nullable=False),
+    Column("formula", String(40), nullable=False),
+    Index("ix_rank_decision_sweep_id", "sweep_id"),
 )
 
 event = Table(

@@ -8,14 +8,13 @@ from orchestrator.sweep.caps import check_cap
 from orchestrator.sweep.document import DocumentPath, Places, Problems, UserError
 from orchestrator.sweep.fields import KnownField, check_value, config_fields
 from orchestrator.sweep.parsing import load, parse
+from orchestrator.sweep.pruning import DivergenceConfig, PruneConfig, RankConfig
 from orchestrator.sweep.settings import (
     CheckpointConfig,
     CountsAs,
     Derived,
-    DivergenceConfig,
     FailureRule,
     MatchConfig,
-    PruneConfig,
     ResourcesConfig,
     RetryConfig,
     Sweep,
@@ -37,6 +36,7 @@ __all__ = [
     "Places",
     "Problems",
     "PruneConfig",
+    "RankConfig",
     "ResourcesConfig",
     "RetryConfig",
     "Sweep",

@@ -21,6 +21,7 @@ from orchestrator.sweep.document import DocumentPath, Places, Problems, UserErro
 from orchestrator.sweep.fields import check_section, check_value, config_section, known_field, section_of, unknown_key
 from orchestrator.sweep.grammar import read_axes, read_exclude, read_rows, read_zip, refuse_double_settings
 from orchestrator.sweep.override import apply_override
+from orchestrator.sweep.pruning import PruneConfig
 from orchestrator.sweep.settings import ArmName, ResourcesConfig, Seed, Settings, Sweep, VerdictConfig
 from orchestrator.sweep.wording import describe, nearest
 
@@ -63,6 +64,7 @@ def parse(text: str, path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
     problems.raise_if_any()
     values["arms"] = _with_controls(values)
     values["extra_baseline_seeds"] = _extra_baseline_seeds(values, problems)
+    _refuse_ranks_in_vain(values, problems)
     problems.raise_if_any()
     sweep = Sweep(**values, text=text, overrides=tuple(overrides), path=os.path.abspath(path))
     sweep._places = places
@@ -225,6 +227,20 @@ def _extra_baseline_seeds(values: dict[str, Any], problems: Problems) -> tuple[i
         problems.add(("baseline_seeds",), f"got {wanted}; allowed with verdict.paired: {len(seeds)}, as a pair has two")
     unused = (seed for seed in itertools.count(1) if seed not in seeds and seed not in values["seeds"])
     return tuple(itertools.islice(unused, max(0, wanted - len(seeds))))
+
+
+def _refuse_ranks_in_vain(values: dict[str, Any], problems: Problems) -> None:
+    rank = values.get("prune", PruneConfig()).rank
+    if rank is None:
+        return
+    varied = [*values["axes"], *(name for part in (*values["zip"], *values["rows"]) for name in part)]
+    if "train.lr" not in varied:
+        problems.add(
+            ("prune", "rank"), "it stops learning rates, and train.lr is on no axis; allowed: null", on_key=True
+        )
+    if rank.seeds[-1] > len(values["seeds"]):
+        said = f"got {rank.seeds[-1]}; allowed: at most the {len(values['seeds'])} that a cell has"
+        problems.add(("prune", "rank", "seeds"), said)
 
 
 def _nearest_file(path: Path) -> str:

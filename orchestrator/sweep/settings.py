@@ -14,6 +14,7 @@ from models.accounting import ACCELERATORS, AcceleratorName
 from models.config import Backend, Count, DiagnosticsConfig, Frozen, Integer, Layout, Positive
 from orchestrator.sweep.budget import BudgetConfig
 from orchestrator.sweep.document import Places
+from orchestrator.sweep.pruning import PruneConfig
 
 
 def _as_tuple(value: Any) -> Any:
@@ -72,24 +73,6 @@ class VerdictConfig(Frozen):
         if self.paired and self.method == "auto":
             raise ValueError("method auto tests the arms' own variances, which pairing has none of; name the method")
         return self
-
-
-class DivergenceConfig(Frozen):
-    """When a trial is stopped as diverged. A non-finite loss always is."""
-
-    loss_above_start: Positive | None = 1.0
-    """Nats above the first loss; None: this rule is off."""
-    loss_above_best: Positive | None = 1.5
-    """Nats above the trial's own best so far; None: this rule is off."""
-    patience_steps: Count = 5
-    """Steps in a row that a rule must hold."""
-    gradient_norm_above: Positive | None = 1000.0
-    warmup_steps: Annotated[Integer, Field(ge=0)] = 0
-    """Steps at the start in which no rule looks."""
-
-
-class PruneConfig(Frozen):
-    divergence: DivergenceConfig = DivergenceConfig()
 
 
 ASSUMED_MEMORY_GIB = 79.5
