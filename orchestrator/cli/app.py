@@ -14,6 +14,7 @@ from rich.console import Console
 
 from orchestrator import report
 from orchestrator.cli import control, data_verbs, signing, submit, trace, trained
+from orchestrator.cli import results as results_verb
 from orchestrator.cli.home import Home, existing_store, has_store
 from orchestrator.plan import expand
 from orchestrator.store import Store
@@ -37,6 +38,7 @@ signing.register(app, console)
 submit.register(app, console)
 trained.register(app, console)
 trace.register(app, console)
+results_verb.register(app, console)
 
 USER_ERROR_EXIT = 2
 
@@ -44,18 +46,6 @@ File = Annotated[Path, typer.Argument(help="A sweep file (YAML).", show_default=
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Dotted overrides: train.tokens=1e6 seeds=[1,2,3]", show_default=False)
 ]
-SweepName = Annotated[str, typer.Argument(help="The sweep's name.", show_default=False)]
-
-
-class TableFormat(StrEnum):
-    TABLE = "table"
-    CSV = "csv"
-    JSON = "json"
-    MARKDOWN = "markdown"
-
-
-class AgainstWhat(StrEnum):
-    PAPER = "paper"
 
 
 @app.command()
@@ -99,66 +89,6 @@ def status(address: submit.Address = None, token_file: submit.TokenFile = None) 
             return
     with existing_store() as store:
         console.print(report.status_table(store))
-
-
-@app.command()
-def results(
-    sweep: SweepName,
-    format: Annotated[TableFormat, typer.Option("--format")] = TableFormat.TABLE,
-    diagnostics: Annotated[
-        bool,
-        typer.Option("--diagnostics", help="Instead: gate score, M-Act, F-Attn and loss spikes of each arm."),
-    ] = False,
-    against: Annotated[
-        AgainstWhat | None,
-        typer.Option("--against", help="Instead: the paper's claims beside the measured effects, each marked."),
-    ] = None,
-) -> None:
-    """The verdict table of a sweep."""
-    if against is not None:
-        _print_against(sweep, format)
-        return
-    if diagnostics:
-        _print_mechanism(sweep, format)
-        return
-    with existing_store() as store:
-        table = report.results(store, sweep)
-    if format is TableFormat.TABLE:
-        console.print(report.ResultsView(table))
-    else:
-        render = {
-            TableFormat.CSV: report.to_csv,
-            TableFormat.JSON: report.to_json,
-            TableFormat.MARKDOWN: report.to_markdown,
-        }[format]
-        sys.stdout.write(render(table))
-
-
-def _print_against(sweep: str, format: TableFormat) -> None:
-    with existing_store() as store:
-        found = report.against_paper(store, sweep)
-    if format is TableFormat.TABLE:
-        console.print(report.AgainstView(found))
-    elif format is TableFormat.JSON:
-        sys.stdout.write(report.against_to_json(found))
-    elif format is TableFormat.MARKDOWN:
-        sys.stdout.write(report.against_to_markdown(found))
-    else:
-        raise UserError(f"results --against paper: got --format {format.value}; allowed: table, json, markdown")
-
-
-def _print_mechanism(sweep: str, format: TableFormat) -> None:
-    with existing_store() as store:
-        table = report.mechanism(store, sweep)
-    if format is TableFormat.TABLE:
-        console.print(report.MechanismView(table))
-        return
-    render = {
-        TableFormat.CSV: report.mechanism_to_csv,
-        TableFormat.JSON: report.mechanism_to_json,
-        TableFormat.MARKDOWN: report.mechanism_to_markdown,
-    }[format]
-    sys.stdout.write(render(table))
 
 
 class FrameFormat(StrEnum):

@@ -12,6 +12,7 @@ from orchestrator.report.mechanism_formats import (
     mechanism_to_json,
     mechanism_to_markdown,
 )
+from orchestrator.report.paper_form import to_latex, to_parquet
 from orchestrator.report.results import results
 from orchestrator.report.spending import Standing, budget_forecast, budget_lines
 from orchestrator.report.tables import tabulate
@@ -50,6 +51,8 @@ __all__ = [
     "tabulate",
     "to_csv",
     "to_json",
+    "to_latex",
     "to_markdown",
+    "to_parquet",
     "to_text",
 ]

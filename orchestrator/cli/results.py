@@ -1,0 +1,158 @@
+"""``gatesweep results``: what a sweep says, as a table or for other programs."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from orchestrator import report
+from orchestrator.cli.home import existing_store
+from orchestrator.report import Results
+from orchestrator.sweep import UserError
+
+
+class TableFormat(StrEnum):
+    TABLE = "table"
+    CSV = "csv"
+    JSON = "json"
+    PARQUET = "parquet"
+    LATEX = "latex"
+    MARKDOWN = "markdown"
+
+
+class AgainstWhat(StrEnum):
+    PAPER = "paper"
+
+
+Renderers = Mapping[TableFormat, Callable[[Any], str | bytes]]
+
+_VERDICTS: Renderers = {
+    TableFormat.CSV: report.to_csv,
+    TableFormat.JSON: report.to_json,
+    TableFormat.PARQUET: report.to_parquet,
+    TableFormat.LATEX: report.to_latex,
+    TableFormat.MARKDOWN: report.to_markdown,
+}
+_MECHANISM: Renderers = {
+    TableFormat.CSV: report.mechanism_to_csv,
+    TableFormat.JSON: report.mechanism_to_json,
+    TableFormat.MARKDOWN: report.mechanism_to_markdown,
+}
+_AGAINST: Renderers = {TableFormat.JSON: report.against_to_json, TableFormat.MARKDOWN: report.against_to_markdown}
+
+
+def register(app: typer.Typer, console: Console) -> None:
+    """Add the verb to ``app``; it prints on ``console``."""
+
+    @app.command()
+    def results(
+        sweep: Annotated[str, typer.Argument(help="The sweep's name.", show_default=False)],
+        format: Annotated[TableFormat, typer.Option("--format")] = TableFormat.TABLE,
+        where: Annotated[
+            list[str] | None,
+            typer.Option(help="Show only KEY=VALUE: an arm, or an axis by name. Computes nothing anew. May repeat."),
+        ] = None,
+        out: Annotated[Path | None, typer.Option(help="A file to write instead of printing.")] = None,
+        diagnostics: Annotated[
+            bool,
+            typer.Option("--diagnostics", help="Instead: gate score, M-Act, F-Attn and loss spikes of each arm."),
+        ] = False,
+        against: Annotated[
+            AgainstWhat | None,
+            typer.Option("--against", help="Instead: the paper's claims beside the measured effects, each marked."),
+        ] = None,
+    ) -> None:
+        """The verdict table of a sweep."""
+        if where and (diagnostics or against):
+            raise UserError("results: --where narrows the verdict table; allowed without --diagnostics and --against")
+        with existing_store() as store:
+            if against is not None:
+                found: Any = report.against_paper(store, sweep)
+                view: Any = report.AgainstView(found)
+                renderers, what = _AGAINST, "--against paper"
+            elif diagnostics:
+                found = report.mechanism(store, sweep)
+                view, renderers, what = report.MechanismView(found), _MECHANISM, "--diagnostics"
+            else:
+                found = narrowed(report.results(store, sweep), where or ())
+                view, renderers, what = report.ResultsView(found), _VERDICTS, ""
+        if format is not TableFormat.TABLE:
+            _write(_rendered(found, renderers, format, what), out)
+        elif out is None:
+            console.print(view)
+        else:
+            printed = Console(width=console.width, color_system=None, force_terminal=False)
+            with printed.capture() as text:
+                printed.print(view)
+            _write(text.get(), out)
+
+
+def _rendered(found: Any, renderers: Renderers, format: TableFormat, what: str) -> str | bytes:
+    if format not in renderers:
+        raise UserError(f"results {what}: got --format {format.value}; allowed: table, {', '.join(renderers)}")
+    return renderers[format](found)
+
+
+def _write(content: str | bytes, out: Path | None) -> None:
+    data = content.encode() if isinstance(content, str) else content
+    if out is None:
+        if isinstance(content, bytes) and sys.stdout.isatty():
+            raise UserError("results: parquet is no text for a terminal; name a file with --out")
+        sys.stdout.flush()
+        sys.stdout.buffer.write(data)
+        return
+    beside = out.with_name(f".{out.name}.{os.getpid()}")
+    try:
+        beside.write_bytes(data)
+        beside.replace(out)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise UserError(f"--out {out}: {error.strerror}") from error
+
+
+def narrowed(found: Results, where: Sequence[str]) -> Results:
+    """The tables and rows that match every condition; the baseline's row stays. Numbers are those of the whole table.
+
+    UserError for a key or a value that no table has.
+    """
+    for condition in where:
+        key, equals, wanted = (part.strip() for part in condition.partition("="))
+        axes = list(dict.fromkeys(name for table in found.tables for name, _ in table.axes))
+        name = next((axis for axis in axes if key in (axis, axis.rpartition(".")[2])), key)
+        if not equals or name not in ("arm", *axes):
+            raise UserError(f"--where {condition}: allowed: KEY=VALUE with a key of {', '.join(('arm', *axes))}")
+        values = {_said(value) for table in found.tables for axis, value in table.axes if axis == name}
+        if name == "arm":
+            values = {row.arm for table in found.tables for row in table.rows}
+        if _said(wanted) not in values:
+            raise UserError(f"--where {condition}: no such value; allowed: {', '.join(sorted(values))}")
+        found = dataclasses.replace(found, tables=tuple(_matching(found, name, _said(wanted))))
+    return found
+
+
+def _matching(found: Results, name: str, wanted: str) -> list[report.VerdictTable]:
+    if name != "arm":
+        return [table for table in found.tables if _said(dict(table.axes).get(name)) == wanted]
+    kept = []
+    for table in found.tables:
+        rows = tuple(row for row in table.rows if row.is_baseline or row.arm == wanted)
+        hidden = len(table.rows) - len(rows)
+        note = (f"--where: {hidden} further arm(s) of the same comparison are not shown",) if hidden else ()
+        kept.append(dataclasses.replace(table, rows=rows, footnotes=(*table.footnotes, *note)))
+    return kept
+
+
+def _said(value: object) -> str:
+    """Numbers by value: 1e-3 is 0.001."""
+    try:
+        return f"{float(str(value)):g}"
+    except ValueError:
+        return str(value)
