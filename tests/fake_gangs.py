@@ -28,13 +28,43 @@ from orchestrator.store import Store
 
 STEPS_A_POLL = 3
 
-Fate = Literal["die", "raise", "not finite", "rise", "validation not finite", "hang", "disk full", "preempted"]
+Fate = Literal[
+    "die",
+    "raise",
+    "not finite",
+    "rise",
+    "validation not finite",
+    "hang",
+    "disk full",
+    "preempted",
+    "lands late",
+    "last checkpoint lost",
+]
 FateAt = Callable[[AttemptSpec, TrialConfig, int], Fate | None]
 """What becomes of an attempt after it has done a step; None: it goes on."""
 
 
 def all_goes_well(_spec: AttemptSpec, _config: TrialConfig, _step: int) -> None:
     return None
+
+
+LANDING_POLLS = 4
+"""Longer than the next trial of 20 steps takes to begin, and shorter than it takes to end."""
+
+
+class FakeLanding:
+    """The last checkpoint of an attempt, which stands after some polls; or not."""
+
+    def __init__(self, gang: FakeGang, end: GangEnd, is_lost: bool) -> None:
+        self.gang, self.end, self.is_lost, self.polls = gang, end, is_lost, 0
+
+    def poll(self) -> GangEnd | None:
+        self.polls += 1
+        if self.gang.state is GangState.DEAD:
+            return GangEnd(None, "process 1 of a rank died: it was dismissed", rank_died=True)
+        if self.polls < LANDING_POLLS:
+            return None
+        return GangEnd(None, "OSError: [Errno 28] No space left on device") if self.is_lost else self.end
 
 
 class FakeGang:
@@ -44,6 +74,7 @@ class FakeGang:
         self.members = [{"host": host, "pid": 1}]
         self.stop_token: str | None = None
         self.is_hung = False
+        self.landing: FakeLanding | None = None
         self.refused_checkpoint: str | None = None
 
     def poll_start(self) -> str | None:
@@ -83,6 +114,13 @@ class FakeGang:
                 return end
         return None
 
+    def free(self) -> None:
+        self.state = GangState.IDLE
+
+    @property
+    def is_landing(self) -> bool:
+        return self.landing is not None and self.landing.polls < LANDING_POLLS
+
     def dismiss(self) -> None:
         self.state = GangState.DEAD
 
@@ -109,7 +147,12 @@ class FakeGang:
         if self.spec.diagnostics and self.step in self.spec.diagnostics.steps(self.config.train.num_steps):
             self._write(fake_probe(self.config, self.step))
         if self.step == self.config.train.num_steps:
-            return self._ended("complete")
+            end = self._ended("complete")
+            if fate in ("lands late", "last checkpoint lost"):
+                self.state = GangState.BUSY
+                self.landing = FakeLanding(self, end, fate == "last checkpoint lost")
+                return GangEnd(end.summary, landing=self.landing)  # type: ignore[arg-type]
+            return end
         every = self.spec.checkpoint_every_steps
         if every and self.step % every == 0:
             self.save()

@@ -223,9 +223,9 @@ def test_a_trial_that_is_measured_is_complete_when_its_last_checkpoint_stands(wo
     first = new_attempt(tmp_path / "first", trial, final_checkpoint=True)
     written = saving._write_common
     monkeypatch.setattr(saving, "_write_common", lambda *given: stand_by.wait(60) and written(*given))
-    landing = start(first, world)
+    landing = start(first, world).landed
     second = new_attempt(tmp_path / "second", trial)
-    next_one = start(second, world)
+    next_one = start(second, world).landed
     assert not landing.done()
     assert run_dir.read_summary(first.attempt_dir) is None
     assert not list(run_dir.complete_checkpoints(first.attempt_dir))
@@ -250,7 +250,7 @@ def test_a_last_checkpoint_that_cannot_be_written_makes_its_own_trial_an_error(w
     with monkeypatch.context() as patch:
         patch.setattr(saving, "_write_common", full)
         first = new_attempt(tmp_path / "first", trial, final_checkpoint=True)
-        landing = start(first, world)
+        landing = start(first, world).landed
         world.writer.wait()
     second = new_attempt(tmp_path / "second", trial, final_checkpoint=True)
     assert train(second, world).outcome == "complete"

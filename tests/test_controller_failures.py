@@ -86,6 +86,63 @@ def test_a_full_disk_pauses_the_sweep_until_there_is_room_and_costs_no_retry(
     assert causes == ["disk_full", "disk_full", "complete"]
 
 
+def first_of(plan: Plan, fate: str, then: str | None = None) -> FateAt:
+    """``fate`` at the last step of the first attempt that comes to it, ``then`` at step 2 of the one after it."""
+    seen: list[str] = []
+
+    def at(spec: Any, config: Any, now: int) -> Any:
+        if now == config.train.num_steps and not seen:
+            seen.append(spec.token)
+            return fate
+        return then if seen and now == 2 and spec.token != seen[0] and len(seen) < 2 and not seen.append("") else None
+
+    return at
+
+
+def test_the_next_trial_starts_while_the_last_checkpoint_of_one_is_written(
+    bench: Bench, plan: Plan, undisturbed: Curves
+):
+    cluster, watcher = FakeCluster(1, first_of(plan, "lands late")), Watcher()
+    with bench.controller(plan, cluster, watcher) as controller:
+        controller.run()
+    told = [line.split()[0] for line in watcher.lines]
+    assert told == ["started", "started", "complete", "complete"]
+    assert len(cluster.gangs) == 1
+    assert bench.curves(plan) == undisturbed
+    assert set(bench.states(plan).values()) == {"COMPLETE"}
+
+
+def test_a_last_checkpoint_that_is_lost_costs_its_own_trial_an_attempt_and_the_next_one_nothing(
+    bench: Bench, plan: Plan, undisturbed: Curves, monkeypatch: pytest.MonkeyPatch
+):
+    """Resumed from the one before: complete means that what a trial is exported from is there."""
+    monkeypatch.setattr(disk, "SHORTEST_PAUSE_SECONDS", 0.0)
+    cluster, watcher = FakeCluster(1, first_of(plan, "last checkpoint lost")), Watcher()
+    with bench.controller(plan, cluster, watcher) as controller:
+        controller.run()
+    assert len(cluster.gangs) == 1
+    assert bench.curves(plan) == undisturbed
+    rows = bench.trials(plan).values()
+    assert {row.state for row in rows} == {"COMPLETE"}
+    assert sorted(row.num_attempts for row in rows) == [1, 2]
+    lost = next(row for row in rows if row.num_attempts == 2)
+    first, second = bench.store.attempts(lost.fingerprint)
+    assert (first.cause, second.resume_step) == ("disk_full", 15)
+
+
+def test_a_gang_that_dies_with_a_last_checkpoint_in_the_writing_loses_it_and_its_trial_is_resumed(
+    bench: Bench, plan: Plan, undisturbed: Curves
+):
+    cluster = FakeCluster(1, first_of(plan, "lands late", then="die"))
+    with bench.controller(plan, cluster) as controller:
+        controller.run()
+    assert len(cluster.gangs) == 2
+    assert bench.curves(plan) == undisturbed
+    rows = bench.trials(plan).values()
+    assert {row.state for row in rows} == {"COMPLETE"}
+    assert [row.num_attempts for row in rows] == [2, 2]
+
+
 def test_a_disk_that_is_full_when_an_attempt_is_to_begin_pauses_too(
     bench: Bench, plan: Plan, monkeypatch: pytest.MonkeyPatch, undisturbed: Curves
 ):

@@ -15,7 +15,7 @@ import pytest
 from sweep_runs import LONG, attempt_spec, cluster, plan_of, wait_for, written_numbers  # noqa: F401
 
 from models.config import Layout, TrialConfig
-from models.run_dir import AttemptSpec, StepRecord, complete_checkpoints, read_records, stacks_path
+from models.run_dir import AttemptSpec, StepRecord, complete_checkpoints, read_records, read_summary, stacks_path
 from orchestrator.gang import Cluster, Gang, GangEnd, GangShape, GangState, gangs, source_hash
 from orchestrator.sweep import UserError
 
@@ -63,7 +63,11 @@ def gang(cluster: Cluster) -> Iterator[Gang]:
 
 
 def end_of(gang: Gang) -> GangEnd:
-    return wait_for(gang.poll_end, "an attempt to end")
+    end = wait_for(gang.poll_end, "an attempt to end")
+    if end.landing is None:
+        return end
+    gang.free()
+    return wait_for(end.landing.poll, "a last checkpoint to stand")
 
 
 def until_it_trains(gang: Gang) -> None:
@@ -128,6 +132,25 @@ def test_a_warm_gang_gives_the_numbers_of_a_cold_one_bit_for_bit(
     warm_numbers = written_numbers(attempt_spec(home, second, "warm"))
     assert len(warm_numbers) == 20 + 2 + 4  # steps, validations, probes
     assert warm_numbers == written_numbers(attempt_spec(home, second, "cold", number=2))
+
+
+def test_ranks_take_the_next_attempt_while_the_last_checkpoint_of_one_is_written(
+    gang: Gang, home: Path, configs: list[TrialConfig]
+):
+    first = attempt_spec(home, configs[0], "first", number=8, final_checkpoint=True)
+    second = attempt_spec(home, configs[1], "second", number=8, final_checkpoint=True)
+    gang.launch(first)
+    end = wait_for(gang.poll_end, "an attempt to be measured")
+    assert end.landing is not None
+    assert gang.state is GangState.BUSY
+    gang.free()
+    gang.launch(second)
+    landed = wait_for(end.landing.poll, "a last checkpoint to stand")
+    assert landed == GangEnd(end.summary)
+    assert [step for step, _ in complete_checkpoints(first.attempt_dir)] == [20]
+    assert read_summary(first.attempt_dir) == end.summary
+    assert end_of(gang).summary == read_summary(second.attempt_dir)
+    assert not gang.is_landing
 
 
 def test_what_a_rank_is_doing_can_be_asked_while_it_trains(gang: Gang, home: Path, configs: list[TrialConfig]):

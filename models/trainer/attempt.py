@@ -14,6 +14,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -53,7 +54,16 @@ def train(
     micro-batch, also of a validation: silence is a hang. Errors of the user's or the machine's are raised after they
     were written down.
     """
-    return start(spec, world, should_stop, beat).result()
+    return start(spec, world, should_stop, beat).landed.result()
+
+
+@dataclass(frozen=True)
+class Trained:
+    """An attempt that leaves its world free for the next one."""
+
+    summary: Summary
+    landed: Future[Summary]
+    """The same, when the last checkpoint stands and the summary is written; or what befell the checkpoint."""
 
 
 def start(
@@ -61,11 +71,8 @@ def start(
     world: World,
     should_stop: Callable[[], bool] = lambda: False,
     beat: Callable[[], None] = lambda: None,
-) -> Future[Summary]:
-    """``train``, but the checkpoint of the schedule's end may still be in the writing: the result comes when it stands.
-
-    The world is free for the next attempt. Whatever else goes wrong is raised here.
-    """
+) -> Trained:
+    """``train``, but the checkpoint of the schedule's end may still be in the writing. Other errors are raised."""
     with devices.on(world.device), Journal(spec.attempt_dir, world.rank) as journal:
         attempt = _Attempt(spec, world, journal, beat)
         try:
@@ -84,7 +91,7 @@ def start(
         summary = attempt.summary(outcome, error)
         log.info("ended %s at step %d: %s", outcome, summary.step, error or "no error")
         landing = functools.partial(_land, attempt.saver, journal, summary)
-        return world.writer.submit(landing)
+        return Trained(summary, world.writer.submit(landing))
 
 
 def _land(saver: checkpoint.Saver, journal: Journal, summary: Summary) -> Summary:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from models import run_dir
 from orchestrator.controller.running import RunningAttempt
 from orchestrator.controller.sweep_run import SweepRun
-from orchestrator.failures import DISK_FULL, PREEMPTED, Consequence, Ending, consequence
+from orchestrator.failures import DISK_FULL, HANG, PREEMPTED, Consequence, Ending, consequence
 from orchestrator.gang import GangEnd
 from orchestrator.store import FinishedIsFinal, TrialRow
 
@@ -28,7 +28,8 @@ def end_attempt(run: SweepRun, attempt: RunningAttempt, end: GangEnd) -> None:
         )
     except FinishedIsFinal as taken:
         # This controller slept past its lease, and another sweep that shares the trial has taken it over.
-        run.pool.lose(attempt.gang, f"{attempt.name} is no longer ours: {taken}")
+        if not _is_at_another(run, attempt):
+            run.pool.lose(attempt.gang, f"{attempt.name} is no longer ours: {taken}")
         return
     run.trials.not_before[attempt.trial.fingerprint] = run.clock.monotonic() + result.delay_seconds
     if result.cause == DISK_FULL:
@@ -37,6 +38,10 @@ def end_attempt(run: SweepRun, attempt: RunningAttempt, end: GangEnd) -> None:
     _tell(run, attempt, result)
     _judge_gang(run, attempt, end, result)
     run.mirror.nudge()
+
+
+def _is_at_another(run: SweepRun, attempt: RunningAttempt) -> bool:
+    return any(other.gang is attempt.gang for other in run.running)
 
 
 def _consequence(run: SweepRun, attempt: RunningAttempt, end: GangEnd, log_tail: str) -> Consequence:
@@ -61,7 +66,10 @@ def _final_loss(run: SweepRun, trial: TrialRow) -> float | None:
 
 
 def _judge_gang(run: SweepRun, attempt: RunningAttempt, end: GangEnd, result: Consequence) -> None:
-    """Whatever went wrong, the other ranks may hang in a collective and the process may be poisoned."""
+    """Whatever went wrong, the other ranks may hang in a collective and the process may be poisoned. Not when a last
+    checkpoint could not be written: then they wait for the next trial, or are at it."""
+    if attempt.landing is not None and not end.rank_died and result.cause != HANG:
+        return
     if end.summary is None:
         run.pool.blame(attempt.gang, end.rank, result.host_faults, result.cause)
         run.pool.lose(attempt.gang, f"gang dismissed, after attempt {attempt.row.number} of {attempt.name}")

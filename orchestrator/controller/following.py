@@ -12,12 +12,17 @@ from orchestrator.gang import GangEnd
 
 def follow(run: SweepRun, attempt: RunningAttempt) -> GangEnd | None:
     """Its end, once it has one; all its records are in the store by then."""
+    if attempt.landing is not None:
+        return attempt.landing.poll() or _hung(run, attempt)
     end = attempt.gang.poll_end()
     progress = attempt.gang.progress()
     if progress is not None:
         attempt.note(progress, run.clock.monotonic())
     if end is not None or (progress is not None and progress[0] > attempt.offset):
         _read(run, attempt)
+    if end is not None and end.landing is not None:
+        attempt.landing, end = end.landing, None
+        attempt.gang.free()
     return end or _hung(run, attempt)
 
 

@@ -54,13 +54,15 @@ class GangPool:
                     raise UserError(f"no gang could be started, {self.failed_starts} in a row; the last: {error}")
             elif gang.state is GangState.IDLE:
                 self.failed_starts = 0
-        for gang in self.idle()[: max(0, len(self.gangs) - most)]:
+        for gang in [gang for gang in self.idle() if not gang.is_landing][: max(0, len(self.gangs) - most)]:
             self.lose(gang, f"gang dismissed: the caps allow {most}")
         while len(self.gangs) < min(wanted, most):
             num_threads = max(1, int(self.shape.cpus_per_rank))
             self.gangs.append(self.cluster.start_gang(self.shape, num_threads, frozenset(self.excluded)))
 
     def lose(self, gang: Gang, reason: str) -> None:
+        if gang not in self.gangs:
+            return
         self.view.tell(reason)
         self.store.add_event(self.sweep_id, "gang_lost", reason)
         gang.dismiss()

@@ -156,7 +156,8 @@ class Controller:
         """Trials onto gangs, and what runs a bit further."""
         self.pruning.work()
         waiting = self.pruning.launchable(self._waiting())
-        self.pool.start(len(waiting) + len(self.running), self.orders.max_gangs(self.shape))
+        at_work = sum(attempt.landing is None for attempt in self.running)
+        self.pool.start(len(waiting) + at_work, self.orders.max_gangs(self.shape))
         for gang, trial in zip(self.pool.idle(), waiting, strict=False):
             self._launch(gang, trial)
         for attempt in list(self.running):

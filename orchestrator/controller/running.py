@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from models.run_dir import AttemptSpec, Record, StepRecord
 from orchestrator.controller.snapshot import Running
 from orchestrator.failures import NONFINITE, Consequence, Wish
-from orchestrator.gang import Gang
+from orchestrator.gang import Gang, Landing
 from orchestrator.search import Stop
 from orchestrator.store import AttemptRow, TrialRow
 from orchestrator.sweep import RetryConfig
@@ -32,6 +32,8 @@ class RunningAttempt:
     gang: Gang
     offset: int = 0
     wish: Wish | None = None
+    landing: Landing | None = None
+    """Once all is measured, and the gang may be at the next trial: what the end still waits for."""
     last: StepRecord | None = None
     _progress: tuple[int, int] = (0, 0)
     _heard_at: float | None = None

@@ -6,7 +6,7 @@ starts at once. All calls here return without waiting; the controller polls. Rea
 """
 
 from orchestrator.gang.cluster import Cluster
-from orchestrator.gang.gangs import Gang, GangEnd, GangShape, GangState
+from orchestrator.gang.gangs import Gang, GangEnd, GangShape, GangState, Landing
 from orchestrator.gang.ranks import source_hash
 
-__all__ = ["Cluster", "Gang", "GangEnd", "GangShape", "GangState", "source_hash"]
+__all__ = ["Cluster", "Gang", "GangEnd", "GangShape", "GangState", "Landing", "source_hash"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,23 @@ class GangEnd:
     """Whose error it is, and whose log tells more."""
     exit_code: int | None = None
     """Of a rank that ended its process by itself."""
+    landing: Landing | None = None
+    """Of an attempt that is complete but for its last checkpoint; the gang can be set ``free`` for the next one."""
+
+
+class Landing:
+    """The last checkpoint of an attempt, while its ranks write it: until it stands, the attempt has not ended."""
+
+    def __init__(self, summary: Summary, landed: Sequence[Any]) -> None:
+        self.summary, self._landed = summary, list(landed)
+
+    def poll(self) -> GangEnd | None:
+        """None while it is in the writing. An error leaves the ranks sound, unless one of them died."""
+        done, waiting = ray.wait(self._landed, num_returns=len(self._landed), timeout=0)
+        errors = _errors({self._landed.index(one): _answer(one) for one in done})
+        if errors:
+            return _failed(*min(errors, key=lambda one: blame(one[1])))
+        return None if waiting else GangEnd(self.summary)
 
 
 class Gang:
@@ -95,6 +112,8 @@ class Gang:
         self._joins = [rank.join.remote(meeting, driver_hash, trust.read_key()) for rank in self._ranks]
         self._trains: list[Any] = []
         self._progress: Any = None
+        self._token = ""
+        self._landing: Landing | None = None
         self._failed_since: float | None = None
         self.members: list[dict[str, Any]] = []
         """Host, pid and Ray's node_id of every rank, once it is up."""
@@ -130,6 +149,7 @@ class Gang:
         assert self.state is GangState.IDLE, self.state
         self._trains = [rank.train.remote(spec.model_dump_json()) for rank in self._ranks]
         self._progress = self._failed_since = None
+        self._token = spec.token
         self.num_attempts += 1
         self.state = GangState.BUSY
 
@@ -157,10 +177,13 @@ class Gang:
         self._ranks[0].stop.options(concurrency_group="control").remote(token)
 
     def poll_end(self) -> GangEnd | None:
-        """The attempt's end, None while it runs. The gang is IDLE after a good end, to be dismissed after a bad one."""
+        """The attempt's end, None while it runs. The gang is IDLE after a good end, to be dismissed after a bad one.
+
+        One that is complete lands first: it ends when its ``landing`` says so, and the gang waits to be set free.
+        """
         done, waiting = ray.wait(self._trains, num_returns=len(self._trains), timeout=0)
         answers = {self._trains.index(train): _answer(train) for train in done}
-        errors = [(rank, answer) for rank, answer in answers.items() if isinstance(answer, Exception)]
+        errors = _errors(answers)
         if errors:
             # The most telling one: a death, then what a rank raised, then a collective that broke for its sake.
             rank, error = min(errors, key=lambda one: blame(one[1]))
@@ -168,13 +191,25 @@ class Gang:
             is_death = isinstance(error, ray.exceptions.RayActorError)
             if waiting and not is_death and time.monotonic() - self._failed_since < DEATH_NEWS_SECONDS:
                 return None
-            said = death(error) if is_death else words(error)
-            died = blame(error) != RAISED
-            return GangEnd(summary=None, error=said, rank_died=died, rank=rank, exit_code=exit_code(said))
+            return _failed(rank, error)
         if waiting:
             return None
-        self.state = GangState.IDLE
-        return GangEnd(summary=Summary.model_validate_json(answers[0]))
+        summary = Summary.model_validate_json(answers[0])
+        if summary.outcome != "complete":
+            self.free()
+            return GangEnd(summary)
+        landed = [rank.landed.options(concurrency_group="landing").remote(self._token) for rank in self._ranks]
+        self._landing = Landing(summary, landed)
+        return GangEnd(summary, landing=self._landing)
+
+    def free(self) -> None:
+        """Ready for the next attempt."""
+        self._trains, self.state = [], GangState.IDLE
+
+    @property
+    def is_landing(self) -> bool:
+        """Whether the ranks write a checkpoint that an attempt's end waits for."""
+        return self._landing is not None and self._landing.poll() is None
 
     def dismiss(self) -> None:
         """Kill every rank and give the resources back."""
@@ -182,6 +217,16 @@ class Gang:
         for rank in self._ranks:
             ray.kill(rank, no_restart=True)
         remove_placement_group(self._group)
+
+
+def _errors(answers: Mapping[int, Any]) -> list[tuple[int, Exception]]:
+    return [(rank, answer) for rank, answer in answers.items() if isinstance(answer, Exception)]
+
+
+def _failed(rank: int, error: Exception) -> GangEnd:
+    said = death(error) if isinstance(error, ray.exceptions.RayActorError) else words(error)
+    died = blame(error) != RAISED
+    return GangEnd(summary=None, error=said, rank_died=died, rank=rank, exit_code=exit_code(said))
 
 
 def _answer(train: Any) -> Any:

@@ -24,6 +24,8 @@ from models.run_dir import AttemptSpec, Summary, metrics_path, stacks_path
 from orchestrator.gang.ending import RankError, words
 
 PACKAGES = ("models", "orchestrator")
+LANDING_SECONDS = 30.0
+"""What a process that is told to end gives the checkpoint that it writes."""
 
 
 def source_hash() -> str:
@@ -73,11 +75,15 @@ class _Rank:
         self.stop_token: str | None = None
         self.beats = 0
         self.is_training = self.is_terminated = False
+        self.landings: dict[str, Any] = {}
+        """Of attempts whose last checkpoint is in the writing, by token."""
         signal.signal(signal.SIGTERM, self._on_sigterm)
 
     def _on_sigterm(self, *_: object) -> None:
         """A preemption: the attempt checkpoints after its current step and ends. A second one ends the process."""
         if self.is_terminated or not self.is_training:
+            if not self.is_training and self.world is not None:
+                self.world.writer.wait(LANDING_SECONDS)
             sys.exit(128 + signal.SIGTERM)
         self.is_terminated = True
 
@@ -109,18 +115,29 @@ class _Rank:
         return {"host": socket.gethostname(), "pid": os.getpid(), "node_id": node}
 
     def train(self, spec: str) -> str:
+        """How the attempt ended. One that is complete has yet to land: the rank is free for the next one."""
         trainer = importlib.import_module("models.trainer")
         attempt = AttemptSpec.model_validate_json(spec)
         self.attempt_dir = attempt.attempt_dir
         self.beats, self.is_training = 0, True
         try:
             with _errors_as_text():
-                summary: Summary = trainer.train(
+                trained = trainer.start(
                     attempt, self.world, lambda: self.is_terminated or self.stop_token == attempt.token, self._beat
                 )
+                summary: Summary = trained.summary
+                if summary.outcome == "complete":
+                    self.landings[attempt.token] = trained.landed
+                else:
+                    trained.landed.result()
         finally:
             self.is_training = False
         return summary.model_dump_json()
+
+    def landed(self, token: str) -> None:
+        """Returns when the last checkpoint of an attempt that is complete stands; raises what befell it."""
+        with _errors_as_text():
+            self.landings.pop(token).result()
 
     def _beat(self) -> None:
         self.beats += 1
@@ -140,4 +157,4 @@ class _Rank:
         self.stop_token = token
 
 
-RankActor = ray.remote(concurrency_groups={"control": 1})(_Rank)
+RankActor = ray.remote(concurrency_groups={"control": 1, "landing": 2})(_Rank)
