@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 # Ray's and torch's own threads would fight over a laptop's cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test test-gpu bench bench-store lint format clean
+.PHONY: quickstart test test-gpu test-cluster bench bench-store lint format clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/gatesweep run sweeps/quickstart.yaml
@@ -18,6 +18,10 @@ test: lint
 
 test-gpu: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m gpu
+
+# Starts clusters of its own; minutes, so not a part of make test, which says that it skips them.
+test-cluster: $(VENV)/installed-dev
+	GATESWEEP_CLUSTER_TESTS=1 $(BIN)/python -m pytest -m cluster
 
 # Ratios on this machine's CPU; gate_bandwidth.py in the same folder needs a GPU.
 bench: $(VENV)/installed-dev

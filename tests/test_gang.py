@@ -7,15 +7,17 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
-from sweep_runs import LONG, attempt_spec, cluster, plan_of, wait_for, written_numbers  # noqa: F401
+from sweep_runs import LONG, PATIENCE_SECONDS, attempt_spec, cluster, plan_of, wait_for, written_numbers  # noqa: F401
 
 from models.config import Layout, TrialConfig
 from models.run_dir import AttemptSpec, StepRecord, complete_checkpoints, read_records, read_summary, stacks_path
+from orchestrator.doctor import nodes
 from orchestrator.gang import Cluster, Gang, GangEnd, GangShape, GangState, gangs, source_hash
 from orchestrator.sweep import UserError
 
@@ -301,6 +303,13 @@ def test_a_local_ray_listens_on_loopback_alone(gang: Gang):
     assert gang.members[0]["pid"] in {process.pid for process in here.children(recursive=True)}
     is_loopback = [ip.removeprefix("::ffff:").startswith("127.") or ip == "::1" for _, ip in listening]
     assert all(is_loopback), [one for one, loopback in zip(listening, is_loopback, strict=True) if not loopback]
+
+
+def test_what_runs_on_a_node_answers_and_an_error_is_an_answer_too(cluster: Cluster):
+    [node] = cluster.nodes()
+    then, error = cluster.on_nodes([(node, nodes._now, ()), (node, nodes._read_marks, (7,))])
+    assert abs(time.time() - then) < PATIENCE_SECONDS
+    assert str(error).startswith("TypeError: ")
 
 
 def test_ranks_that_run_other_code_than_the_driver_are_refused(cluster: Cluster):

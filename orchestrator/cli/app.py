@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 from orchestrator import report
-from orchestrator.cli import control, data_verbs, signing, submit, trace, trained
+from orchestrator.cli import control, data_verbs, doctor, signing, submit, trace, trained
 from orchestrator.cli import results as results_verb
 from orchestrator.cli.home import Home, existing_store, has_store
 from orchestrator.plan import expand
@@ -34,6 +34,7 @@ console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ e
 errors = Console(stderr=True)
 
 control.register(app, console)
+doctor.register(app, console)
 signing.register(app, console)
 submit.register(app, console)
 trained.register(app, console)

@@ -5,8 +5,8 @@ starts at once. All calls here return without waiting; the controller polls. Rea
 ``ending`` (what errors mean), ``gangs``, ``cluster``.
 """
 
-from orchestrator.gang.cluster import Cluster
+from orchestrator.gang.cluster import Cluster, Node
 from orchestrator.gang.gangs import Gang, GangEnd, GangShape, GangState, Landing
 from orchestrator.gang.ranks import source_hash
 
-__all__ = ["Cluster", "Gang", "GangEnd", "GangShape", "GangState", "Landing", "source_hash"]
+__all__ = ["Cluster", "Gang", "GangEnd", "GangShape", "GangState", "Landing", "Node", "source_hash"]

@@ -7,18 +7,31 @@ import importlib
 import os
 import socket
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from orchestrator.gang.ending import RankError, words
 from orchestrator.gang.gangs import Gang, GangShape
 from orchestrator.gang.ranks import source_hash
 from orchestrator.sweep import UserError
 
 CONNECT_SECONDS = 10.0
+NODE_SECONDS = 600.0
+
+
+@dataclass(frozen=True)
+class Node:
+    """A host of the cluster, as Ray knows it."""
+
+    id: str
+    host: str
+    address: str
 
 
 class Cluster:
@@ -79,6 +92,26 @@ class Cluster:
     def start_gang(self, shape: GangShape, num_threads: int, excluded_nodes: Collection[str] = ()) -> Gang:
         meetings = None if self._meetings is None else Path(self._meetings.name)
         return Gang(shape, num_threads, self._driver_hash, excluded_nodes, meetings)
+
+    def nodes(self) -> list[Node]:
+        """The living ones."""
+        alive = [node for node in ray.nodes() if node["Alive"]]
+        return [Node(node["NodeID"], node["NodeManagerHostname"], node["NodeManagerAddress"]) for node in alive]
+
+    def on_nodes(self, calls: Sequence[tuple[Node, Callable[..., Any], tuple[Any, ...]]]) -> list[Any]:
+        """Each function in a process on its node, all at once, whatever else runs there. The answers in order; an
+        exception in place of one that failed, as text in a RankError."""
+        asked = []
+        for node, function, arguments in calls:
+            place = NodeAffinitySchedulingStrategy(node.id, soft=False)
+            asked.append(ray.remote(num_cpus=0, scheduling_strategy=place)(function).remote(*arguments))
+        answers: list[Any] = []
+        for one in asked:
+            try:
+                answers.append(ray.get(one, timeout=NODE_SECONDS))
+            except Exception as error:
+                answers.append(RankError(words(error)))
+        return answers
 
 
 def _refuse_unreachable(address: str) -> None:
