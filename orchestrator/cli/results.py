@@ -48,6 +48,8 @@ _MECHANISM: Renderers = {
 }
 _AGAINST: Renderers = {TableFormat.JSON: report.against_to_json, TableFormat.MARKDOWN: report.against_to_markdown}
 
+_EXPLANATION: Renderers = {TableFormat.JSON: report.explanation_to_json}
+
 
 def register(app: typer.Typer, console: Console) -> None:
     """Add the verb to ``app``; it prints on ``console``."""
@@ -69,15 +71,27 @@ def register(app: typer.Typer, console: Console) -> None:
             AgainstWhat | None,
             typer.Option("--against", help="Instead: the paper's claims beside the measured effects, each marked."),
         ] = None,
+        explain: Annotated[
+            str | None,
+            typer.Option("--explain", help="Instead: an arm's row with its formulas, and the trials behind it."),
+        ] = None,
     ) -> None:
         """The verdict table of a sweep."""
-        if where and (diagnostics or against):
-            raise UserError("results: --where narrows the verdict table; allowed without --diagnostics and --against")
+        instead = [
+            name
+            for name, asked in (("--diagnostics", diagnostics), ("--against", against), ("--explain", explain))
+            if asked
+        ]
+        if len(instead) + bool(where) > 1:
+            raise UserError(f"results: {', '.join(instead)}{' with --where' if where else ''}; allowed: one of them")
         with existing_store() as store:
             if against is not None:
                 found: Any = report.against_paper(store, sweep)
                 view: Any = report.AgainstView(found)
                 renderers, what = _AGAINST, "--against paper"
+            elif explain is not None:
+                found = report.explain(report.results(store, sweep), explain)
+                view, renderers, what = report.ExplanationView(found), _EXPLANATION, "--explain"
             elif diagnostics:
                 found = report.mechanism(store, sweep)
                 view, renderers, what = report.MechanismView(found), _MECHANISM, "--diagnostics"

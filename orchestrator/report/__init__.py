@@ -2,6 +2,7 @@
 
 from orchestrator.report.against import Against, AgainstView, against_paper, against_to_json, against_to_markdown
 from orchestrator.report.differences import DifferencesView, TrialDifferences, differences, differences_to_json
+from orchestrator.report.explanation import Explanation, ExplanationView, explain, explanation_to_json
 from orchestrator.report.formats import to_csv, to_json, to_markdown
 from orchestrator.report.listings import plan_table, status_table
 from orchestrator.report.measured import measured_table
@@ -24,6 +25,8 @@ __all__ = [
     "AgainstView",
     "ArmRow",
     "DifferencesView",
+    "Explanation",
+    "ExplanationView",
     "Mechanism",
     "MechanismView",
     "Results",
@@ -40,6 +43,8 @@ __all__ = [
     "budget_lines",
     "differences",
     "differences_to_json",
+    "explain",
+    "explanation_to_json",
     "measured_table",
     "mechanism",
     "mechanism_to_csv",

@@ -109,6 +109,13 @@ def _json_table(table: VerdictTable) -> dict[str, Any]:
 
 
 def _json_row(table: VerdictTable, row: ArmRow) -> dict[str, Any]:
+    given = {name: getattr(row, name) for name in _GIVEN}
+    derived = {name: derived_value(*one) for name, one in derivations(table, row).items()}
+    return {**given, "counts": dict(row.counts), **derived}
+
+
+def derivations(table: VerdictTable, row: ArmRow) -> dict[str, tuple[object, str, tuple[str, ...]]]:
+    """Of every derived field of a row: its value, its formula's version, and the trials that it is computed from."""
     at_baseline = next(other.trials_best for other in table.rows if other.is_baseline)
     inputs = {
         "trials": row.trials,
@@ -118,11 +125,7 @@ def _json_row(table: VerdictTable, row: ArmRow) -> dict[str, Any]:
         "compared": tuple(dict.fromkeys((*table.trials_compared, *at_baseline, *row.trials_best))),
         "table": tuple(fingerprint for other in table.rows for fingerprint in other.trials),
     }
-    given = {name: getattr(row, name) for name in _GIVEN}
-    derived = {
-        name: derived_value(_plain(row, name), formula, inputs[which]) for name, (formula, which) in _FORMULAS.items()
-    }
-    return {**given, "counts": dict(row.counts), **derived}
+    return {name: (_plain(row, name), formula, inputs[which]) for name, (formula, which) in _FORMULAS.items()}
 
 
 def _plain(row: ArmRow, name: str) -> object:

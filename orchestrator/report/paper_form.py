@@ -42,7 +42,7 @@ def _environment(results: Results, table: VerdictTable) -> str:
     baseline = next((row.num_parameters for row in table.rows if row.is_baseline), None)
     lines = [
         r"\begin{table}[t]",
-        r"\centering",
+        r"\centering\small\setlength{\tabcolsep}{4pt}",
         rf"\caption{{{latex_text(caption)} Intervals: {latex_text(level)}.}}",
         rf"\begin{{tabular}}{{{''.join(align for _, align in _COLUMNS)}}}",
         r"\toprule",
