@@ -20,6 +20,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from models.redaction import hide
+
 MANIFEST = "manifest.json"
 
 KEY_FILE_VARIABLE = "GATESWEEP_KEY_FILE"
@@ -76,6 +78,7 @@ def read_key() -> str:
     text = path.read_text().strip()
     if len(text) != 2 * _KEY_BYTES or set(text) - set("0123456789abcdef"):
         raise Untrusted(f"the key {path} must hold {2 * _KEY_BYTES} hexadecimal digits (openssl rand -hex 32)")
+    hide(text)
     return text
 
 
@@ -103,6 +106,7 @@ _given: str | None = None
 def use_key(key: str) -> None:
     """The key of this process, instead of a file's: a rank gets the driver's."""
     global _given
+    hide(key)
     _given = key
 
 

@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Self
 
 from models import run_dir
+from models.redaction import RedactingFormatter, redacted
 from models.run_dir import Record, Summary
 
 
@@ -18,7 +19,7 @@ class Journal:
         self.attempt_dir, self.rank, self.is_writer = attempt_dir, rank, rank == 0
         attempt_dir.mkdir(parents=True, exist_ok=True)
         self._handler = logging.FileHandler(run_dir.log_path(attempt_dir, rank))
-        self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        self._handler.setFormatter(RedactingFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         self._log = logging.getLogger("models")
 
     def __enter__(self) -> Self:
@@ -45,9 +46,10 @@ class Journal:
     def append(self, text: str) -> None:
         """To the rank's log, also after the journal was closed: by then the logger writes into another attempt's."""
         with run_dir.log_path(self.attempt_dir, self.rank).open("a") as stream:
-            stream.write(text)
+            stream.write(redacted(text))
 
     def write_summary(self, summary: Summary) -> None:
         """Also after the journal was closed."""
         if self.is_writer:
-            run_dir.write_json(self.attempt_dir / "summary.json", summary)
+            error = None if summary.error is None else redacted(summary.error)
+            run_dir.write_json(self.attempt_dir / "summary.json", summary.model_copy(update={"error": error}))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import traceback
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -12,6 +13,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from models.redaction import redacted
 from orchestrator import report
 from orchestrator.cli import control, data_verbs, doctor, signing, submit, trace, trained
 from orchestrator.cli import results as results_verb
@@ -41,7 +43,7 @@ trained.register(app, console)
 trace.register(app, console)
 results_verb.register(app, console)
 
-USER_ERROR_EXIT = 2
+USER_ERROR_EXIT, DEFECT_EXIT = 2, 1
 
 File = Annotated[Path, typer.Argument(help="A sweep file (YAML).", show_default=False)]
 Overrides = Annotated[
@@ -136,11 +138,11 @@ def ui(
     with existing_store() as store:
         catch_up(store, home, console)
     if tracking.is_server(home.tracking_uri):
-        console.print(f"MLflow runs at {home.tracking_uri}", highlight=False)
+        console.print(f"MLflow runs at {redacted(home.tracking_uri)}", highlight=False)
         return
     command = tracking.ui_command(home.tracking_uri, home.artifact_root, port)
     console.print(f"MLflow UI: http://127.0.0.1:{port}", highlight=False)
-    raise typer.Exit(subprocess.call(command, env={**os.environ, **tracking.quiet_environment()}))
+    raise typer.Exit(subprocess.call(command, env={**os.environ, **tracking.ui_environment(home.tracking_uri)}))
 
 
 def _known(home: Home, sweep: str) -> tuple[dict[str, str], report.Standing | None]:
@@ -164,3 +166,6 @@ def main() -> None:
     except UserError as error:
         errors.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(USER_ERROR_EXIT)
+    except Exception:  # a defect: its traceback is shown, but a library's error may hold a URL
+        errors.print(redacted(traceback.format_exc()), markup=False, highlight=False, soft_wrap=True)
+        sys.exit(DEFECT_EXIT)

@@ -12,6 +12,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from models.redaction import redacted
 from orchestrator.controller import Running, Snapshot
 
 REFRESHES_PER_SECOND = 4
@@ -36,7 +37,9 @@ class PlainView:
         return None
 
     def tell(self, line: str) -> None:
-        self.console.print(f"{time.strftime('%H:%M:%S')} {line}", markup=False, highlight=False, soft_wrap=True)
+        self.console.print(
+            redacted(f"{time.strftime('%H:%M:%S')} {line}"), markup=False, highlight=False, soft_wrap=True
+        )
 
     def tick(self, snapshot: Snapshot) -> None:
         now = time.monotonic()

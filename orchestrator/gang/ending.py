@@ -6,6 +6,8 @@ import re
 
 import ray
 
+from models.redaction import redacted
+
 
 class RankError(Exception):
     """What a rank raised, as text: the driver would load torch to unpickle an error of Megatron's or the trainer's."""
@@ -17,7 +19,7 @@ def words(error: BaseException) -> str:
     if isinstance(cause, RankError):
         return str(cause)
     text = str(cause).strip() or type(cause).__name__
-    return f"{type(cause).__name__}: {text}"[:4000]
+    return redacted(f"{type(cause).__name__}: {text}")[:4000]
 
 
 DEATH, RAISED, BROKEN = range(3)
@@ -37,7 +39,7 @@ def death(error: BaseException) -> str:
     pid, address = re.search(r"pid: (\d+)", text), re.search(r"ip: (\S+)", text)
     detail = re.search(r"(?:Worker exit detail|The actor is dead because): (.+?)(?: Some common causes|$)", text, re.M)
     process = f"process {pid[1]} of a rank" if pid else "a rank's process"
-    return f"{process}{f' at {address[1]}' if address else ''} died: {detail[1] if detail else text[:300]}"
+    return redacted(f"{process}{f' at {address[1]}' if address else ''} died: {detail[1] if detail else text[:300]}")
 
 
 def exit_code(said: str) -> int | None:

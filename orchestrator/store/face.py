@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar
 from sqlalchemy import Connection, update
 
 from models.config import Layout
+from models.redaction import hide
 from models.run_dir import Record, Summary
 from orchestrator.store import attempts, outcomes, query, ranking, reader, schema, spending, submission
 from orchestrator.store import lease as leases
@@ -51,6 +52,7 @@ class Store:
     def __init__(self, url: str, reader_url: str | None = None) -> None:
         """``reader_url``: the same Postgres by a role that can only read, for free queries."""
         parsed = parse_url(url)
+        hide(parsed.password)
         self.url = parsed.render_as_string(hide_password=True)
         self._engine = make_engine(parsed)
         self._reader_url = reader_url

@@ -7,6 +7,7 @@ A trial is global, keyed by its fingerprint: two sweeps that ask for the same tr
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from typing import Any
 
 from sqlalchemy import (
     JSON,
@@ -28,6 +29,8 @@ from sqlalchemy import (
     UniqueConstraint,
 )
 from sqlalchemy.types import TypeDecorator
+
+from models.redaction import redacted, redacted_content
 
 VERSION_TABLE = "gatesweep_version"
 """Not ``alembic_version``: Optuna and MLflow use that name, and may share the database."""
@@ -67,6 +70,26 @@ class UtcDateTime(TypeDecorator[datetime]):
         return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
 
 
+class Redacted(TypeDecorator[str]):
+    """Text that may come from anywhere, as an error or a log: no credential gets into it, whoever writes."""
+
+    impl = Text
+    cache_ok = True
+
+    def process_bind_param(self, value: str | None, dialect: Dialect) -> str | None:
+        return None if value is None else redacted(value)
+
+
+class RedactedJson(TypeDecorator[Any]):
+    """The same of every text in a JSON column."""
+
+    impl = JSON
+    cache_ok = True
+
+    def process_bind_param(self, value: Any, dialect: Dialect) -> Any:
+        return redacted_content(value)
+
+
 metadata = MetaData(
     naming_convention={
         "pk": "pk_%(table_name)s",
@@ -85,12 +108,12 @@ sweep = Table(
     metadata,
     Column("id", RowId, primary_key=True),
     Column("name", String(200), nullable=False, unique=True),
-    Column("question", Text, nullable=False),
+    Column("question", Redacted, nullable=False),
     Column("baseline", String(200), nullable=False),
     Column("verdict", JSON, nullable=False),
-    Column("settings", JSON, nullable=False),
-    Column("text", Text, nullable=False),
-    Column("overrides", JSON, nullable=False),
+    Column("settings", RedactedJson, nullable=False),
+    Column("text", Redacted, nullable=False),
+    Column("overrides", RedactedJson, nullable=False),
     Column("created_at", UtcDateTime, nullable=False),
     Column("updated_at", UtcDateTime, nullable=False),
     Column("mlflow_run_id", String(64)),
@@ -102,7 +125,7 @@ arm = Table(
     Column("sweep_id", RowId, ForeignKey("sweep.id"), primary_key=True),
     Column("name", String(200), primary_key=True),
     Column("position", Integer, nullable=False),
-    Column("settings", JSON, nullable=False),
+    Column("settings", RedactedJson, nullable=False),
     Column("current", Boolean, nullable=False),
 )
 
@@ -132,7 +155,7 @@ trial = Table(
     Column("training_flops", Float(53), nullable=False),  # passes 2^63 from about 9e18 on
     Column("state", String(10), nullable=False),
     Column("cause", String(100)),
-    Column("reason", Text),
+    Column("reason", Redacted),
     Column("end_step", BigInteger),
     Column("reopened_after", Integer, nullable=False),
     Column("created_at", UtcDateTime, nullable=False),
@@ -169,7 +192,7 @@ attempt = Table(
     Column("sweep_id", RowId, ForeignKey("sweep.id"), nullable=False),
     Column("layout", JSON, nullable=False),
     Column("hosts", JSON(none_as_null=True)),
-    Column("provenance", JSON, nullable=False),
+    Column("provenance", RedactedJson, nullable=False),
     Column("resume_step", BigInteger, nullable=False),
     Column("resumed_from_attempt", Integer),
     Column("cpus", Float(53)),
@@ -178,12 +201,12 @@ attempt = Table(
     Column("started_at", UtcDateTime, nullable=False),
     Column("ended_at", UtcDateTime),
     Column("cause", String(100)),
-    Column("reason", Text),
+    Column("reason", Redacted),
     Column("end_step", BigInteger),
     Column("seconds", Float(53)),
     Column("tokens_per_second", Float(53)),
     Column("peak_memory_bytes", BigInteger),
-    Column("log_tail", Text),
+    Column("log_tail", Redacted),
     UniqueConstraint("fingerprint", "number"),
     Index("ix_attempt_spent", "sweep_id", "ended_at", "held_seconds", "cpus", "gpus"),  # what a budget asks for
 )
@@ -267,7 +290,7 @@ event = Table(
     Column("attempt_number", Integer),
     Column("at", UtcDateTime, nullable=False),
     Column("kind", String(100), nullable=False),
-    Column("message", Text, nullable=False),
+    Column("message", Redacted, nullable=False),
     Index("ix_event_sweep_id", "sweep_id", "id"),
     Index("ix_event_kind", "kind", "sweep_id"),
     Index("ix_event_fingerprint", "fingerprint"),

@@ -17,13 +17,21 @@ from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.scalarbool import ScalarBoolean
 
+from models.redaction import redacted
+
 DocumentPath = tuple[str | int, ...]
 MAX_PROBLEMS_SHOWN = 12
 MAX_DEPTH = 50
 
 
 class UserError(Exception):
-    """A user's mistake. ``str(error)`` is the whole message: the place, what was got, what is allowed."""
+    """A user's mistake. ``str(error)`` is the whole message: the place, what was got, what is allowed.
+
+    It holds no credential, whatever it is made of: it is shown, logged and sent.
+    """
+
+    def __str__(self) -> str:
+        return redacted(super().__str__())
 
 
 def dotted(path: DocumentPath) -> str:

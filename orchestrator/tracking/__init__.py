@@ -5,7 +5,7 @@ Results never come from here. MLflow itself is imported when there is something 
 
 from orchestrator.tracking.background import Mirror
 from orchestrator.tracking.mirror import OutOfTime, Sent, TrackingError, mirror
-from orchestrator.tracking.server import is_server, quiet_environment, ui_command
+from orchestrator.tracking.server import is_server, ui_command, ui_environment
 
 __all__ = [
     "Mirror",
@@ -14,6 +14,6 @@ __all__ = [
     "TrackingError",
     "is_server",
     "mirror",
-    "quiet_environment",
     "ui_command",
+    "ui_environment",
 ]

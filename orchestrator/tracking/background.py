@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from models.redaction import redacted
 from orchestrator.store import Store
 from orchestrator.tracking.mirror import Cursor, OutOfTime, mirror
 
@@ -112,11 +113,12 @@ class Mirror:
         target.num_failures, target.not_before = 0, 0.0
 
     def _tell(self, kind: str, message: str) -> None:
+        message = redacted(message)
         _LOG.info(message)
         try:
             self._store.add_event(self._sweep_id, kind, message)
         except Exception as error:
-            _LOG.warning("the event %s was not stored: %s", kind, error)
+            _LOG.warning("the event %s was not stored: %s", kind, redacted(str(error)))
 
     def _out_of_time(self) -> bool:
         return self._closing.is_set() and self._clock() > self._deadline

@@ -10,11 +10,12 @@ from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from models.redaction import redacted
 from orchestrator.store import AttemptRow, Store, SweepRow, TrialRow
 from orchestrator.tracking import run_content
 from orchestrator.tracking.layer_plots import layer_plots
 from orchestrator.tracking.loss_plot import loss_plot
-from orchestrator.tracking.server import open_client, sqlite_path, without_password
+from orchestrator.tracking.server import open_client, sqlite_path
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -67,8 +68,8 @@ def mirror(
         raise
     except Exception as error:
         cause = _root_cause(error)
-        reason = without_password(f"{type(cause).__name__}: {cause}").partition("\n")[0]
-        raise TrackingError(f"MLflow at {without_password(tracking_uri)} can't be written: {reason[:500]}") from error
+        reason = redacted(f"{type(cause).__name__}: {cause}").partition("\n")[0]
+        raise TrackingError(f"MLflow at {redacted(tracking_uri)} can't be written: {reason[:500]}") from error
 
 
 def _root_cause(error: BaseException) -> BaseException:

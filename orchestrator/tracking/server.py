@@ -8,10 +8,11 @@ They are not taken back, since another thread may be copying the environment.
 from __future__ import annotations
 
 import os
-import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from models.redaction import redacted
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -31,19 +32,16 @@ def is_server(tracking_uri: str) -> bool:
     return tracking_uri.startswith(("http://", "https://"))
 
 
-def without_password(uri: str) -> str:
-    return re.sub(r"(://[^:/@]*):[^@/]*@", r"\1:***@", uri)
-
-
 def sqlite_path(tracking_uri: str) -> Path | None:
     """The file of a SQLite back end; None for any other."""
     prefix = "sqlite:///"
     return Path(tracking_uri.removeprefix(prefix).partition("?")[0]) if tracking_uri.startswith(prefix) else None
 
 
-def quiet_environment() -> dict[str, str]:
-    """What an MLflow process of ours gets beside the environment, for instance the UI."""
-    return {name: value for name, value in _QUIET.items() if name not in os.environ}
+def ui_environment(tracking_uri: str) -> dict[str, str]:
+    """What MLflow's UI gets beside the environment. The URI is in here, and not in a command line that all can see."""
+    quiet = {name: value for name, value in _QUIET.items() if name not in os.environ}
+    return {**quiet, "MLFLOW_BACKEND_STORE_URI": tracking_uri}
 
 
 def open_client(tracking_uri: str) -> MlflowClient:
@@ -59,8 +57,8 @@ def open_client(tracking_uri: str) -> MlflowClient:
 
 
 def ui_command(tracking_uri: str, artifact_root: str, port: int, host: str = "127.0.0.1") -> list[str]:
-    """The command that serves MLflow's UI on a database; run it with ``quiet_environment``."""
+    """The command that serves MLflow's UI on a database; run it with ``ui_environment``."""
     if is_server(tracking_uri):
-        raise ValueError(f"{tracking_uri} is a tracking server and serves its own UI: open it in a browser")
-    backend = ["--backend-store-uri", tracking_uri, "--default-artifact-root", artifact_root]
-    return [sys.executable, "-m", "mlflow", "ui", *backend, "--host", host, "--port", str(port), "--workers", "1"]
+        raise ValueError(f"{redacted(tracking_uri)} is a tracking server and serves its own UI: open it in a browser")
+    artifacts = ["--default-artifact-root", artifact_root]
+    return [sys.executable, "-m", "mlflow", "ui", *artifacts, "--host", host, "--port", str(port), "--workers", "1"]
