@@ -271,12 +271,17 @@ class Bench:
     store: Store
 
     def controller(
-        self, plan: Plan, cluster: Any, watcher: Watcher | None = None, clock: Clock | None = None
+        self,
+        plan: Plan,
+        cluster: Any,
+        watcher: Watcher | None = None,
+        clock: Clock | None = None,
+        webhook: Any = None,
     ) -> Controller:
         sweep_id = self.store.add(plan).sweep_id
         view = watcher or Watcher()
-        given = (plan.sweep, sweep_id, self.store, cluster, NoMirror(), self.home, view, plan.confirmations, clock)
-        return Controller(*given)  # type: ignore[arg-type]
+        given = (plan.sweep, sweep_id, self.store, cluster, NoMirror(), self.home, view, plan.confirmations)
+        return Controller(*given, clock, webhook)  # type: ignore[arg-type]
 
     def run(self, plan: Plan, fate: FateAt = all_goes_well, capacity: int = 2) -> Watcher:
         watcher = Watcher()

@@ -126,6 +126,20 @@ def test_the_sweep_is_the_parent_and_counts_its_trials(run, send, client):
     assert (parent.info.status, parent.data.tags["num_complete"]) == ("FINISHED", "4")
 
 
+def test_notices_are_tags_of_the_parent_the_last_of_each_kind_and_sent_once(run, send, client, monkeypatch):
+    run.complete(run.fingerprint, 2.5)
+    run.store.add_event(run.sweep_id, "trial_failed", "the first")
+    run.store.add_event(run.sweep_id, "trial_failed", "the second")
+    send()
+    parent = run.store.sweep("quick").mlflow_run_id
+    assert client.get_run(parent).data.tags["gatesweep.notice.trial_failed"].endswith("Z the second")
+    run.store.add_event(run.sweep_id, "budget", "80% is used")
+    send()
+    assert client.get_run(parent).data.tags["gatesweep.notice.budget"].endswith("Z 80% is used")
+    monkeypatch.setattr(mirror_module, "open_client", None)
+    assert send().num_trials == 0
+
+
 def test_artifacts_are_the_config_the_plot_and_the_sweep_file(run, send, client, tmp_path):
     run.complete(run.fingerprint, 2.5)
     send()
@@ -305,7 +319,7 @@ class Mortal:
         def call(*args: Any, **kwargs: Any) -> Any:
             result = inner(*args, **kwargs)
             if not name.startswith(
-                ("get_", "search_", "trials", "sweeps", "attempts", "curve", "layers", "mirror_cursor")
+                ("get_", "search_", "trials", "sweeps", "attempts", "curve", "layers", "mirror_cursor", "events")
             ):
                 self._lives[0] -= 1
                 if self._lives[0] == 0:

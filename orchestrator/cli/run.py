@@ -14,6 +14,7 @@ from orchestrator.cli.live import view_for
 from orchestrator.cli.signing import check_key
 from orchestrator.controller import BudgetUsedUp, Controller, SweepStopped, choose_rates, is_dead
 from orchestrator.gang import Cluster
+from orchestrator.notices import open_webhook
 from orchestrator.plan import Plan
 from orchestrator.search import StudyMirror
 from orchestrator.store import BUDGET_EXTENDED, FINISHED, LeaseLost, Store
@@ -22,6 +23,7 @@ from orchestrator.tracking import Mirror, TrackingError, mirror
 
 INTERRUPTED_EXIT, FAILED_EXIT, BUDGET_EXIT = 130, 1, 3
 MIRROR_CATCH_UP_SECONDS = 60.0
+NOTICES_SECONDS = 15.0
 _EXTEND = "--extend gpu_hours=+HOURS, or cpu_hours, or wall_hours"
 CELLS_NAMED = 4
 """Cells listed under a reason that refuses them; gatesweep plan lists all."""
@@ -103,12 +105,15 @@ def _refuse_second(store: Store, name: str) -> None:
 def _run_missing(plan: Plan, sweep_id: int, store: Store, home: Home, address: str | None, console: Console) -> int:
     sweep = plan.sweep
     background = _mirror(store, sweep_id, sweep.name, home)
+    webhook = open_webhook(sweep.notices, lambda kind, message: store.add_event(sweep_id, kind, message))
     console.print(f"connecting to Ray at {address}" if address else "starting a local Ray", highlight=False)
     with view_for(console) as view, Cluster(address) as cluster:
         background.start()
+        if webhook is not None:
+            webhook.start()
         try:
             given = (sweep, sweep_id, store, cluster, background, home.directory, view, plan.confirmations)
-            controller = Controller(*given)
+            controller = Controller(*given, webhook=webhook)
             with controller, _clean_stop(controller):
                 controller.run()
         except BudgetUsedUp as stopped:
@@ -122,6 +127,8 @@ def _run_missing(plan: Plan, sweep_id: int, store: Store, home: Home, address: s
                 f"sweep {sweep.name} was taken over by another run, and this one has ended: {lost}"
             ) from lost
         finally:
+            if webhook is not None and not webhook.close(NOTICES_SECONDS):
+                console.print("notices.webhook did not take every notice; gatesweep status says why")
             if not background.close(MIRROR_CATCH_UP_SECONDS):
                 console.print(f"MLflow lacks part of {sweep.name}; the next run, or gatesweep ui, catches up")
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from orchestrator.controller.orders import Orders
 from orchestrator.controller.running import RunningAttempt
@@ -31,8 +32,9 @@ class BudgetWatch:
         self._spent["cpu_hours"] += hours * sum(row.cpus or 0.0 for row in held)
         self._spent["wall_hours"] += hours
 
-    def used_up(self, announce: Callable[[str], None]) -> str | None:
-        """Why nothing may run any more, or None. ``announce`` gets each piece of news once in the sweep's life."""
+    def used_up(self, announce: Callable[[str, dict[str, Any]], None]) -> str | None:
+        """Why nothing may run any more, or None. ``announce`` gets each piece of news once in the sweep's life: its
+        words and its facts."""
         reason = None
         for name, limit in limits(self._declared, self._orders.extensions).items():
             if self._spent[name] >= limit:
@@ -43,5 +45,6 @@ class BudgetWatch:
                 continue
             if said not in self._told:
                 self._told.add(said)
-                announce(said)
+                spent = round(self._spent[name], 6)
+                announce(said, {"budget": name, "limit_hours": limit, "spent_hours": spent})
         return reason

@@ -36,6 +36,7 @@ def end_attempt(run: SweepRun, attempt: RunningAttempt, end: GangEnd) -> None:
         run.disk.was_full()
     run.trials.note(attempt.trial, result.state)
     _tell(run, attempt, result)
+    run.announcer.trial_ended(attempt, result, run.trials.rows, run.clock.monotonic())
     _judge_gang(run, attempt, end, result)
     run.mirror.nudge()
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from orchestrator.controller.announcing import Announcer
 from orchestrator.controller.budget import BudgetWatch
 from orchestrator.controller.clock import Clock
 from orchestrator.controller.disk import DiskWatch
@@ -27,9 +28,10 @@ from orchestrator.controller.stopping import Stopping
 from orchestrator.controller.sweep_run import SweepRun
 from orchestrator.failures import Wish
 from orchestrator.gang import Cluster, Gang, GangEnd, GangShape
+from orchestrator.notices import Webhook
 from orchestrator.plan import Confirmation, PlannedTrial, micro_batch_sizes
 from orchestrator.search import Search
-from orchestrator.store import BUDGET, STATES, Lease, Store, TrialRow
+from orchestrator.store import STATES, Lease, Store, TrialRow
 from orchestrator.sweep import Sweep, UserError
 from orchestrator.tracking import Mirror
 
@@ -65,6 +67,7 @@ class Controller:
         view: View,
         confirmations: Sequence[Confirmation] = (),
         clock: Clock | None = None,
+        webhook: Webhook | None = None,
     ) -> None:
         self.sweep, self.sweep_id, self.store, self.view = sweep, sweep_id, store, view
         self.confirmations, self.clock = confirmations, clock or Clock()
@@ -84,6 +87,7 @@ class Controller:
             search=Search(sweep.name, cells, sweep.prune.divergence),
             trials=KnownTrials(store, sweep_id, self.clock),
             disk=DiskWatch(home),
+            announcer=Announcer(sweep, sweep_id, store, view, webhook),
             micro_batches={trial.fingerprint: size for trial, size in zip(cells, sizes, strict=True)},
         )
         self.trials, self.pool = self.sweep_run.trials, self.sweep_run.pool
@@ -147,6 +151,8 @@ class Controller:
         if self.stopping.wish and self._unfinished():
             kind = BudgetUsedUp if self.stopping.wish.kind == "budget" else SweepStopped
             raise kind(self.stopping.reason)
+        self.sweep_run.announcer.sweep_done(self.trials.rows)
+        self.sweep_run.mirror.nudge()
 
     def request_stop(self, reason: str) -> None:
         """Ask for a clean stop. A second call stops waiting for checkpoints. Safe to call from a signal handler."""
@@ -202,13 +208,9 @@ class Controller:
 
     def _check_budget(self) -> None:
         self.budget.count(self.running, self.clock.monotonic())
-        reason = self.budget.used_up(self._announce)
+        reason = self.budget.used_up(self.sweep_run.announcer.budget)
         if reason is not None and not self.stopping:
             self.stopping.stop_all(self.sweep_run, Wish("budget", "budget", reason))
-
-    def _announce(self, news: str) -> None:
-        self.view.tell(f"budget    {news}")
-        self.store.add_event(self.sweep_id, BUDGET, news)
 
     def _snapshot(self) -> Snapshot:
         counts = Counter(trial.state for trial in self.trials.rows)

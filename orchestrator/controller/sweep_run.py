@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from orchestrator.controller.announcing import Announcer
 from orchestrator.controller.clock import Clock
 from orchestrator.controller.disk import DiskWatch
 from orchestrator.controller.gang_pool import GangPool
@@ -34,6 +35,7 @@ class SweepRun:
     search: Search
     trials: KnownTrials
     disk: DiskWatch
+    announcer: Announcer
     micro_batches: Mapping[str, int]
     """Sequences that a rank takes at once, by fingerprint."""
     running: list[RunningAttempt] = field(default_factory=list)

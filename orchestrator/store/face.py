@@ -258,9 +258,13 @@ class Store:
         """What the mirror last noted about a trial; the store does not look inside."""
         return self._read(reader.mirror_cursor, sweep_id, fingerprint)
 
-    def set_mirror_cursor(self, sweep_id: int, fingerprint: str, cursor: Mapping[str, Any] | None) -> None:
-        link = schema.sweep_trial
-        statement = update(link).where(link.c.sweep_id == sweep_id, link.c.fingerprint == fingerprint)
+    def set_mirror_cursor(self, sweep_id: int, fingerprint: str | None, cursor: Mapping[str, Any] | None) -> None:
+        """Of a trial, or of the sweep itself when ``fingerprint`` is None."""
+        if fingerprint is None:
+            statement = update(schema.sweep).where(schema.sweep.c.id == sweep_id)
+        else:
+            link = schema.sweep_trial
+            statement = update(link).where(link.c.sweep_id == sweep_id, link.c.fingerprint == fingerprint)
         with writing(self._engine) as connection:
             connection.execute(statement.values(mirror_cursor=None if cursor is None else dict(cursor)))
 

@@ -89,6 +89,8 @@ class SweepRow:
     created_at: datetime
     updated_at: datetime
     mlflow_run_id: str | None
+    mirror_cursor: dict[str, Any] | None
+    """What the mirror last noted about the sweep itself; the store does not look inside."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from orchestrator.sweep.budget import BUDGETS, BudgetConfig, check_extension, li
 from orchestrator.sweep.caps import check_cap
 from orchestrator.sweep.document import DocumentPath, Places, Problems, UserError
 from orchestrator.sweep.fields import KnownField, check_value, config_fields
+from orchestrator.sweep.notices import NOTICE_KINDS, NoticeKind, NoticesConfig, WaveConfig, check_https
 from orchestrator.sweep.parsing import load, parse
 from orchestrator.sweep.pruning import DivergenceConfig, PruneConfig, RankConfig
 from orchestrator.sweep.settings import (
@@ -24,6 +25,7 @@ from orchestrator.sweep.settings import (
 
 __all__ = [
     "BUDGETS",
+    "NOTICE_KINDS",
     "BudgetConfig",
     "CheckpointConfig",
     "CountsAs",
@@ -33,6 +35,8 @@ __all__ = [
     "FailureRule",
     "KnownField",
     "MatchConfig",
+    "NoticeKind",
+    "NoticesConfig",
     "Places",
     "Problems",
     "PruneConfig",
@@ -42,8 +46,10 @@ __all__ = [
     "Sweep",
     "UserError",
     "VerdictConfig",
+    "WaveConfig",
     "check_cap",
     "check_extension",
+    "check_https",
     "check_value",
     "compile_pattern",
     "config_fields",

@@ -14,6 +14,7 @@ from models.accounting import ACCELERATORS, AcceleratorName
 from models.config import Backend, Count, DiagnosticsConfig, Frozen, Integer, Layout, Positive
 from orchestrator.sweep.budget import BudgetConfig
 from orchestrator.sweep.document import Places
+from orchestrator.sweep.notices import NoticesConfig
 from orchestrator.sweep.pruning import PruneConfig
 
 
@@ -217,6 +218,7 @@ class Settings(Frozen):
     resources: ResourcesConfig = ResourcesConfig()
     retry: RetryConfig = RetryConfig()
     budget: BudgetConfig = BudgetConfig()
+    notices: NoticesConfig = NoticesConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     diagnostics: DiagnosticsConfig | None = DiagnosticsConfig()
     """None: not at all."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from models.redaction import redacted
 from orchestrator.store import AttemptRow, Store, SweepRow, TrialRow
+from orchestrator.sweep import NOTICE_KINDS
 from orchestrator.tracking import run_content
 from orchestrator.tracking.layer_plots import layer_plots
 from orchestrator.tracking.loss_plot import loss_plot
@@ -100,6 +101,7 @@ class _Pass:
         begun = [row for row in self._rows if row.state != "WAITING" or row.num_attempts]
         for row in begun:
             self._send_trial(row)
+        self._send_notices()
         for row in begun:  # afterwards: an artifact store that is down must not hold up the metrics
             self._send_artifacts(row)
         if self._opened is not None:
@@ -109,6 +111,19 @@ class _Pass:
     def _check_time(self) -> None:
         if self._out_of_time():
             raise OutOfTime
+
+    def _send_notices(self) -> None:
+        """The last one of each kind, as tags of the sweep's run."""
+        found = [self._store.events(self._sweep.id, kind=kind, last=1) for kind in NOTICE_KINDS]
+        notices = [event for events in found for event in events]
+        cursor = {"place": self._place, "notices": max((event.id for event in notices), default=0)}
+        if not notices or self._sweep.mirror_cursor == cursor:
+            return
+        self._check_time()
+        parent = self._parent()
+        parent.set_tags(parent.run_id, run_content.notice_tags(notices))
+        self._store.set_mirror_cursor(self._sweep.id, None, cursor)
+        self._sweep = replace(self._sweep, mirror_cursor=cursor)
 
     # One trial
 
@@ -196,6 +211,9 @@ class _Pass:
         if self._sweep.mlflow_run_id is not None:
             self._store.set_mlflow_run(self._sweep.id, None, None)
             self._sweep = replace(self._sweep, mlflow_run_id=None)
+        if self._sweep.mirror_cursor is not None:
+            self._store.set_mirror_cursor(self._sweep.id, None, None)
+            self._sweep = replace(self._sweep, mirror_cursor=None)
         for row in self._rows:
             if self._run_ids[row.fingerprint] is not None or self._noted(row):
                 self._store.set_mlflow_run(self._sweep.id, row.fingerprint, None)

@@ -14,7 +14,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from models.config import TrialConfig
-from orchestrator.store import STATES, Curve, LayerRow, StepRow, SweepRow, TrialRow, ValidationRow, mean_or_none
+from orchestrator.store import (
+    STATES,
+    Curve,
+    EventRow,
+    LayerRow,
+    StepRow,
+    SweepRow,
+    TrialRow,
+    ValidationRow,
+    mean_or_none,
+)
 
 STEPS_PER_TRIAL = 5_000
 """Of a longer trial every k-th step is shown. SQL has them all; MLflow takes 0.1 CPU-milliseconds a point."""
@@ -85,6 +95,14 @@ def sweep_tags(sweep: SweepRow, rows: Sequence[TrialRow]) -> dict[str, str]:
         **{f"num_{state.lower()}": str(counts[state]) for state in STATES},
     }
     return {key: value[:MAX_VALUE_LENGTH] for key, value in tags.items()}
+
+
+def notice_tags(notices: Sequence[EventRow]) -> dict[str, str]:
+    """``gatesweep.notice.trial_failed`` and so on: when it was, and its words."""
+    return {
+        f"gatesweep.notice.{event.kind}": f"{event.at:%Y-%m-%dT%H:%M:%SZ} {event.message}"[:MAX_VALUE_LENGTH]
+        for event in notices
+    }
 
 
 def sweep_status(rows: Sequence[TrialRow]) -> str:
