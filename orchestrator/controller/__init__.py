@@ -6,7 +6,19 @@ Read ``loop``, which is a page, then its steps: ``launching``, ``following``, ``
 
 from orchestrator.controller.lease_holder import is_dead
 from orchestrator.controller.loop import BudgetUsedUp, Controller, SweepStopped
+from orchestrator.controller.reproduction import Reproduction, reproduce
 from orchestrator.controller.selection import choose_rates
 from orchestrator.controller.snapshot import Running, Snapshot, View
 
-__all__ = ["BudgetUsedUp", "Controller", "Running", "Snapshot", "SweepStopped", "View", "choose_rates", "is_dead"]
+__all__ = [
+    "BudgetUsedUp",
+    "Controller",
+    "Reproduction",
+    "Running",
+    "Snapshot",
+    "SweepStopped",
+    "View",
+    "choose_rates",
+    "is_dead",
+    "reproduce",
+]

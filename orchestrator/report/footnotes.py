@@ -40,6 +40,7 @@ def footnotes(
         _holes(trials),
         _unfinished(trials),
         _reused(trials),
+        _reproduced(trials),
         _layouts(trials),
         _backends(trials),
         _measure(heading, split, rows, trials),
@@ -222,6 +223,15 @@ def _reused(trials: Sequence[TrialResult]) -> str:
     origins = Counter(trial.trained_in for trial in trials if trial.trained_in is not None)
     named = ", ".join(f"{count} from {sweep}" for sweep, count in sorted(origins.items()))
     return f"reused trials: {named}" if named else ""
+
+
+def _reproduced(trials: Sequence[TrialResult]) -> str:
+    named = [
+        f"{trial.arm} at LR {lr_text(trial.lr)}, seed {trial.seed}, {trial.reproduced}"
+        for trial in trials
+        if trial.reproduced is not None
+    ]
+    return f"trained once more and compared: {'; '.join(named)}" if named else ""
 
 
 def _layouts(trials: Sequence[TrialResult]) -> str:

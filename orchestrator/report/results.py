@@ -15,7 +15,7 @@ from models.config import Layout
 from orchestrator.report.figures import plural
 from orchestrator.report.tables import tabulate
 from orchestrator.report.tree import Results, SweepHeading, TrialResult
-from orchestrator.store import verdict_seeds
+from orchestrator.store import REPRODUCED, verdict_seeds
 from orchestrator.sweep import ResourcesConfig, VerdictConfig
 from orchestrator.verdict import Design, Looks
 
@@ -121,6 +121,7 @@ def _trial_results(store: Store, sweep: SweepRow, tail: float) -> list[TrialResu
     resources = ResourcesConfig.model_validate(sweep.settings.get("resources") or {})
     peaks: dict[str, float | None] = {}
     layouts: dict[int, str] = {}
+    stamps = {one.fingerprint: one.message.partition(":")[0] for one in store.events(kind=REPRODUCED)}
     found = []
     for outcome in store.outcomes(sweep.id, tail):
         if outcome.precision not in peaks:
@@ -128,7 +129,8 @@ def _trial_results(store: Store, sweep: SweepRow, tail: float) -> list[TrialResu
         # What another sweep trained may have run on other devices.
         trained_in = outcome.trained_in if outcome.trained_in != sweep.name else None
         peak = peaks[outcome.precision] if trained_in is None else None
-        found.append(_trial_result(outcome, trained_in, peak, resources.layout.world_size, layouts))
+        made = _trial_result(outcome, trained_in, peak, resources.layout.world_size, layouts)
+        found.append(replace(made, reproduced=stamps[made.fingerprint]) if made.fingerprint in stamps else made)
     return found
 
 

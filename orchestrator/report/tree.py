@@ -86,6 +86,8 @@ class TrialResult:
     """Model FLOPs: forward and backward pass, without recomputation."""
     utilisation: float | None = None
     """Of the ranks' peak, 0 to 1 (MFU); only where the sweep that trained it knows the peak."""
+    reproduced: str | None = None
+    """What came of training it once more, the last time that it was: ``bitwise``, ``within tolerance``, ``differs``."""
     trained_in: str | None = None
     """The sweep whose controller trained it, when that is not the sweep of the table."""
     share_done: float = 0.0

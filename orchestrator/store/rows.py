@@ -41,6 +41,9 @@ HOST_EXCLUDED = "host_excluded"
 CANCEL_WANTED = "cancel_wanted"
 """A user wants a running trial canceled; its controller does it."""
 
+REPRODUCED = "reproduced"
+"""A trial was trained once more; the message says what came of it, in a word or two before its colon."""
+
 CAP_SET = "cap_set"
 """A user has set a cap: ``max_gpus=64``, or ``max_gpus=none``."""
 
