@@ -255,7 +255,7 @@ def drive(folder: Path, home: Path | None) -> tuple[int, str]:
 
 def test_the_driver_runs_the_sweep_from_the_shared_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     ran: list[Any] = []
-    monkeypatch.setattr("orchestrator.cli.run.run_sweep", lambda *given: ran.append(given) or 0)
+    monkeypatch.setattr("orchestrator.cli.run.run_sweep", lambda *given, **_: ran.append(given) or 0)
     plan = plan_of(tmp_path / "sweeps", ("train.tokens=2560",))
     folder, home = packed(tmp_path / "parcel", plan, ("train.tokens=2560",)), tmp_path / "home"
     for _ in range(2):  # the second submission finds the files in place

@@ -75,12 +75,16 @@ def run(
         list[str] | None,
         typer.Option(help="Add to a budget that is used up: gpu_hours=+10; may be repeated.", show_default=False),
     ] = None,
+    metrics: Annotated[
+        str | None,
+        typer.Option(envvar="GATESWEEP_METRICS", help="[HOST:]PORT for Prometheus; on loopback without a host."),
+    ] = None,
 ) -> None:
     """Run a sweep here, in the foreground. Run again, it goes on where it stopped."""
     from orchestrator.cli.run import run_sweep  # Ray and Optuna: seconds that other verbs need not wait
 
     added = [check_extension(one) for one in extend or ()]
-    raise typer.Exit(run_sweep(expand(load(file, overrides or ())), Home.of(), address, console, added))
+    raise typer.Exit(run_sweep(expand(load(file, overrides or ())), Home.of(), address, console, added, metrics))
 
 
 @app.command()

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from rich.console import Console
 
 from orchestrator import report
 from orchestrator.cli.home import Home
-from orchestrator.cli.live import view_for
+from orchestrator.cli.live import PlainView, view_for
 from orchestrator.cli.signing import check_key
-from orchestrator.controller import BudgetUsedUp, Controller, SweepStopped, choose_rates, is_dead
+from orchestrator.controller import BudgetUsedUp, Controller, SweepStopped, View, choose_rates, is_dead
 from orchestrator.gang import Cluster
 from orchestrator.notices import open_webhook
 from orchestrator.plan import Plan
@@ -41,8 +41,16 @@ def refuse(plan: Plan) -> None:
         raise UserError("\n".join(lines))
 
 
-def run_sweep(plan: Plan, home: Home, address: str | None, console: Console, extensions: Sequence[str] = ()) -> int:
-    """Store the plan, run what is missing, print the table; the exit code. ``extensions``: to budgets, first."""
+def run_sweep(
+    plan: Plan,
+    home: Home,
+    address: str | None,
+    console: Console,
+    extensions: Sequence[str] = (),
+    metrics: str | None = None,
+) -> int:
+    """Store the plan, run what is missing, print the table; the exit code. ``extensions``: to budgets, first.
+    ``metrics``: where Prometheus may ask, as ``[HOST:]PORT``."""
     refuse(plan)
     refuse_extensions(plan.sweep.name, plan.sweep.budget.model_dump(), extensions)
     try:
@@ -75,7 +83,7 @@ def run_sweep(plan: Plan, home: Home, address: str | None, console: Console, ext
             for line in report.budget_lines(used_up, sweep.name):
                 console.print(line, style="bold red", highlight=False)
         elif missing:
-            exit_code = _run_missing(plan, added.sweep_id, store, home, address, console)
+            exit_code = _run_missing(plan, added.sweep_id, store, home, address, console, metrics)
         else:
             exit_code = 0
             catch_up(store, home, console)
@@ -102,12 +110,18 @@ def _refuse_second(store: Store, name: str) -> None:
         raise UserError(f"sweep {name} is run by {held[0]} now; nothing was changed. gatesweep status shows it")
 
 
-def _run_missing(plan: Plan, sweep_id: int, store: Store, home: Home, address: str | None, console: Console) -> int:
+def _run_missing(
+    plan: Plan, sweep_id: int, store: Store, home: Home, address: str | None, console: Console, metrics: str | None
+) -> int:
     sweep = plan.sweep
     background = _mirror(store, sweep_id, sweep.name, home)
     webhook = open_webhook(sweep.notices, lambda kind, message: store.add_event(sweep_id, kind, message))
     console.print(f"connecting to Ray at {address}" if address else "starting a local Ray", highlight=False)
-    with view_for(console) as view, Cluster(address) as cluster:
+    with (
+        view_for(console) as shown,
+        _metered(shown, plan, sweep_id, store, background, metrics) as view,
+        Cluster(address) as cluster,
+    ):
         background.start()
         if webhook is not None:
             webhook.start()
@@ -149,6 +163,17 @@ def catch_up(store: Store, home: Home, console: Console) -> None:
 def _mirror(store: Store, sweep_id: int, name: str, home: Home) -> Mirror:
     study = StudyMirror(store, sweep_id, name, home.optuna_url)
     return Mirror(store, sweep_id, home.tracking_uri, home.artifact_location, also={"Optuna's copy": study.update})
+
+
+def _metered(
+    view: PlainView, plan: Plan, sweep_id: int, store: Store, background: Mirror, metrics: str | None
+) -> AbstractContextManager[View]:
+    """The view, and figures for Prometheus where they are asked for."""
+    if metrics is None:
+        return nullcontext(view)
+    from orchestrator.cli.metrics import Metered
+
+    return Metered(view, store, sweep_id, plan.sweep.name, background.lags, metrics)
 
 
 @contextmanager

@@ -47,7 +47,8 @@ def run_parcel(folder: Path, environment: Mapping[str, str], console: Console) -
     except OSError as error:
         raise UserError(f"GATESWEEP_HOME {home.directory} can't be written on the head: {error}") from error
     plan = expand(load(sweep_file, parcel.overrides))
-    return run_sweep(plan, home, environment.get("RAY_ADDRESS") or "auto", console)
+    address, metrics = environment.get("RAY_ADDRESS") or "auto", environment.get("GATESWEEP_METRICS")
+    return run_sweep(plan, home, address, console, metrics=metrics or None)
 
 
 def main() -> None:

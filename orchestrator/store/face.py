@@ -148,6 +148,10 @@ class Store:
         """(FLOPs, GPU-hours, CPU-hours, number) of the sweep's complete trials, whoever ran them."""
         return self._read(spending.pace, sweep_id)
 
+    def ended_by_cause(self, sweep_id: int) -> dict[str, int]:
+        """Attempts of this sweep's controllers by what ended them; ``complete`` where no cause was given."""
+        return self._read(spending.ended_by_cause, sweep_id)
+
     # Attempts
 
     def take_over(self, lease: Lease) -> list[str]:

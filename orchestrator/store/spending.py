@@ -74,3 +74,11 @@ def pace(connection: Connection, sweep_id: int) -> tuple[float, float, float, in
     )
     flops, gpu_hours, cpu_hours, num_trials = connection.execute(of_sweep).one()
     return flops, gpu_hours, cpu_hours, num_trials
+
+
+def ended_by_cause(connection: Connection, sweep_id: int) -> dict[str, int]:
+    """Of the attempts that this sweep's controllers started, how many each cause ended; ``complete`` where none did."""
+    attempt = schema.attempt
+    counted = select(attempt.c.cause, func.count()).group_by(attempt.c.cause)
+    counted = counted.where(attempt.c.sweep_id == sweep_id, attempt.c.ended_at.is_not(None))
+    return {cause or "complete": number for cause, number in connection.execute(counted)}

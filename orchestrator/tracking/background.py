@@ -29,6 +29,8 @@ class _Target:
     update: Callable[[], object]
     num_failures: int = 0
     not_before: float = 0.0
+    done_at: float | None = None
+    """When it was last up to date, by the mirror's clock."""
 
 
 class Mirror:
@@ -47,6 +49,7 @@ class Mirror:
     ) -> None:
         self._store, self._sweep_id = store, sweep_id
         self._interval_seconds, self._clock = interval_seconds, clock
+        self._began = clock()
         self._cursors: dict[str, Cursor] = {}
         self._wake = threading.Event()
         self._closing = threading.Event()
@@ -62,6 +65,12 @@ class Mirror:
 
     def start(self) -> None:
         self._thread.start()
+
+    def lags(self) -> dict[str, float]:
+        """By mirror, the seconds since it was last up to date; since the start, when it never was."""
+        return {
+            one.name: self._clock() - (self._began if one.done_at is None else one.done_at) for one in self._targets
+        }
 
     def nudge(self) -> None:
         """There is news worth showing at once, as the end of a trial. During an outage the pause still holds."""
@@ -110,7 +119,7 @@ class Mirror:
     def _succeeded(self, target: _Target) -> None:
         if target.num_failures:
             self._tell("tracking_back", f"{target.name} is reached again, and up to date")
-        target.num_failures, target.not_before = 0, 0.0
+        target.num_failures, target.not_before, target.done_at = 0, 0.0, self._clock()
 
     def _tell(self, kind: str, message: str) -> None:
         message = redacted(message)
