@@ -50,7 +50,8 @@ class PostgresServer:
             self._call([str(initdb), "-D", str(self._data), "-U", "gatesweep", "-A", "trust", "-E", "UTF8", "-N"])
             options = f"-F -k {self._folder} -c listen_addresses='' -c shared_buffers=32MB -c max_connections=60"
             log = str(self._folder / "log")
-            self._call([str(self._control), "-D", str(self._data), "-w", "-l", log, "-o", options, "start"])
+            self._start = [str(self._control), "-D", str(self._data), "-w", "-l", log, "-o", options, "start"]
+            self._call(self._start)
         except BaseException:
             shutil.rmtree(self._folder, ignore_errors=True)
             raise
@@ -71,6 +72,13 @@ class PostgresServer:
         with psycopg.connect(f"host={self._folder} user=gatesweep dbname=postgres", autocommit=True) as connection:
             connection.execute(f"CREATE SCHEMA {name}")
         return f"postgresql+psycopg://gatesweep@/postgres?host={self._folder}&options=-csearch_path%3D{name}"
+
+    def pause(self) -> None:
+        """Stop at once, as a crash would; ``resume`` starts it again on what it had."""
+        self._call([str(self._control), "-D", str(self._data), "-m", "immediate", "-w", "stop"])
+
+    def resume(self) -> None:
+        self._call(self._start)
 
     def stop(self) -> None:
         if not self._folder.exists():

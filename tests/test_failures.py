@@ -183,6 +183,7 @@ def seen(error: str = "", log: str = "", exit_code: int | None = None, rank_died
 # As Ray, torch, gloo, NCCL and the driver of a GPU say it.
 WORDS = {
     "OSError: [Errno 28] No space left on device": "disk_full",
+    "OSError: [Errno 30] Read-only file system: '/scratch/attempt.json'": "disk_read_only",
     "OSError: [Errno 122] Disk quota exceeded: '/scratch/step_00000100'": "disk_full",
     "OutOfMemoryError: CUDA out of memory. Tried to allocate 2.50 GiB": "gpu_out_of_memory",
     "AcceleratorError: CUDA error: out of memory": "gpu_out_of_memory",

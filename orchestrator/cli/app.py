@@ -19,7 +19,7 @@ from orchestrator.cli import control, data_verbs, doctor, signing, submit, trace
 from orchestrator.cli import results as results_verb
 from orchestrator.cli.home import Home, existing_store, has_store
 from orchestrator.plan import expand
-from orchestrator.store import Store
+from orchestrator.store import Store, StoreOutage
 from orchestrator.sweep import UserError, check_extension, load
 
 FILE_WIDTH = 120
@@ -170,6 +170,9 @@ def main() -> None:
     except UserError as error:
         errors.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(USER_ERROR_EXIT)
+    except StoreOutage as error:
+        errors.print(f"error: {redacted(str(error))}", style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(DEFECT_EXIT)
     except Exception:  # a defect: its traceback is shown, but a library's error may hold a URL
         errors.print(redacted(traceback.format_exc()), markup=False, highlight=False, soft_wrap=True)
         sys.exit(DEFECT_EXIT)

@@ -1,8 +1,9 @@
-"""A full disk pauses a sweep: nothing starts until there is room; then it goes on by itself."""
+"""A full or read-only disk pauses a sweep: nothing starts until it can be written; then it goes on by itself."""
 
 from __future__ import annotations
 
 import shutil
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,11 +30,22 @@ class DiskWatch:
         if self._full_since is None:
             return False
         free = shutil.disk_usage(self.home).free
-        if free >= ROOM_BYTES and time.monotonic() - self._full_since >= SHORTEST_PAUSE_SECONDS:
+        fault = self._write_fault()
+        if free >= ROOM_BYTES and fault is None and time.monotonic() - self._full_since >= SHORTEST_PAUSE_SECONDS:
             tell(f"goes on   {free / 2**30:.1f} GiB are free again at {self.home}")
             self._full_since, self._told = None, False
             return False
         if not self._told:
-            tell(f"PAUSED    the disk is full at {self.home}: {free / 2**20:.0f} MiB free; make room, the sweep waits")
+            said = fault or f"{free / 2**20:.0f} MiB free"
+            tell(f"PAUSED    the disk at {self.home} can't be written: {said}; make room, the sweep waits")
             self._told = True
         return True
+
+    def _write_fault(self) -> str | None:
+        """Only trying tells that a file system was mounted read-only."""
+        try:
+            with tempfile.TemporaryFile(dir=self.home) as probe:
+                probe.write(b"gatesweep")
+        except OSError as error:
+            return error.strerror
+        return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from models import run_dir
 from orchestrator.controller.running import RunningAttempt
 from orchestrator.controller.sweep_run import SweepRun
-from orchestrator.failures import DISK_FULL, HANG, PREEMPTED, Consequence, Ending, consequence
+from orchestrator.failures import DISK_FULL, DISK_READ_ONLY, HANG, PREEMPTED, Consequence, Ending, consequence
 from orchestrator.gang import GangEnd
 from orchestrator.store import FinishedIsFinal, TrialRow
 
@@ -32,7 +32,7 @@ def end_attempt(run: SweepRun, attempt: RunningAttempt, end: GangEnd) -> None:
             run.pool.lose(attempt.gang, f"{attempt.name} is no longer ours: {taken}")
         return
     run.trials.not_before[attempt.trial.fingerprint] = run.clock.monotonic() + result.delay_seconds
-    if result.cause == DISK_FULL:
+    if result.cause in (DISK_FULL, DISK_READ_ONLY):
         run.disk.was_full()
     run.trials.note(attempt.trial, result.state)
     _tell(run, attempt, result)

@@ -20,6 +20,7 @@ from orchestrator.controller.known_trials import KnownTrials
 from orchestrator.controller.launching import launch
 from orchestrator.controller.lease_holder import acquire_lease
 from orchestrator.controller.orders import Orders
+from orchestrator.controller.outage import OutageWatch
 from orchestrator.controller.pruning import RankPruning
 from orchestrator.controller.running import RunningAttempt, eta_seconds, trial_name
 from orchestrator.controller.selection import choose_rates
@@ -69,8 +70,10 @@ class Controller:
         clock: Clock | None = None,
         webhook: Webhook | None = None,
     ) -> None:
-        self.sweep, self.sweep_id, self.store, self.view = sweep, sweep_id, store, view
         self.confirmations, self.clock = confirmations, clock or Clock()
+        self.outage = OutageWatch(store, sweep_id, self.clock, view)
+        store = self.outage.store  # from here on nobody else's: it waits where the given one would fail
+        self.sweep, self.sweep_id, self.store, self.view = sweep, sweep_id, store, view
         self.shape = GangShape(sweep.resources.layout, sweep.resources.cpus, sweep.resources.gpus)
         cells = _cells(store, sweep_id, confirmations)
         sizes = micro_batch_sizes([trial.config for trial in cells], sweep.resources)
@@ -94,6 +97,7 @@ class Controller:
         self.orders = Orders(store, sweep_id, sweep.resources)
         self.pruning = RankPruning(self.sweep_run)
         self.stopping = Stopping()
+        self.outage.is_hurried = lambda: self.stopping.is_hurried
 
     @property
     def running(self) -> list[RunningAttempt]:
@@ -104,6 +108,8 @@ class Controller:
     def __enter__(self) -> Self:
         self.lease = acquire_lease(self.store, self.sweep.name, self.sweep_id, LEASE_SECONDS, self.view.tell)
         self.sweep_run.lease = self.lease
+        self.outage.renew_lease = lambda: self.store.renew_lease(self.lease, LEASE_SECONDS)
+        self.outage.meanwhile = self._while_the_store_is_away
         self.lease_renewed = self.started = self.clock.monotonic()
         self.budget = BudgetWatch(self.store, self.sweep_id, self.sweep.budget, self.orders, self.started)
         left = self.store.take_over(self.lease)
@@ -125,6 +131,13 @@ class Controller:
             self.lease_renewed = self.clock.monotonic()
             # A trial that another sweep shares and ran would be waited for in vain once its controller is gone.
             self._tell_left(self.store.adopt_orphans(self.lease))
+
+    def _while_the_store_is_away(self) -> None:
+        """What needs no store: the gangs are heard, so that none of them seems to hang afterwards."""
+        for attempt in self.running:
+            if (progress := attempt.gang.progress()) is not None:
+                attempt.note(progress, self.clock.monotonic())
+        self.view.tick(self._snapshot())
 
     def _tell_left(self, fingerprints: list[str]) -> None:
         self._refresh(now=bool(fingerprints))

@@ -24,6 +24,11 @@ class Stopping:
     def reason(self) -> str | None:
         return None if self.wish is None else self.wish.reason
 
+    @property
+    def is_hurried(self) -> bool:
+        """Asked to stop a second time."""
+        return len(self._requests) + (self.wish is not None) > 1
+
     def request(self, reason: str) -> None:
         """Safe to call from a signal handler, between any two lines of the loop: it only leaves a note."""
         self._requests.append(reason)

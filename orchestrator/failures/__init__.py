@@ -3,6 +3,7 @@
 from orchestrator.failures.causes import (
     CORRUPT_CHECKPOINT,
     DISK_FULL,
+    DISK_READ_ONLY,
     ERROR,
     EXCLUDED_AT,
     HANG,
@@ -18,6 +19,7 @@ from orchestrator.failures.decision import Consequence, Ending, Wish, consequenc
 __all__ = [
     "CORRUPT_CHECKPOINT",
     "DISK_FULL",
+    "DISK_READ_ONLY",
     "ERROR",
     "EXCLUDED_AT",
     "HANG",

@@ -20,6 +20,7 @@ NONFINITE = "nonfinite"
 PREEMPTED = "preempted"
 HANG = "hang"
 DISK_FULL = "disk_full"
+DISK_READ_ONLY = "disk_read_only"
 CORRUPT_CHECKPOINT = "corrupt_checkpoint"
 UNTRUSTED_FILES = "untrusted_files"
 GPU_OUT_OF_MEMORY = "gpu_out_of_memory"
@@ -42,6 +43,7 @@ CAUSES = {
     for cause in (
         Cause(PREEMPTED, "nothing"),
         Cause(DISK_FULL, "nothing"),
+        Cause(DISK_READ_ONLY, "nothing"),
         Cause("node_lost", "infrastructure", host_faults=1),
         Cause("hardware", "infrastructure", host_faults=EXCLUDED_AT),
         Cause("megatron_restart", "infrastructure", host_faults=1),
@@ -67,6 +69,7 @@ _BUILT_IN = tuple(
         ("hardware", {"log": r"NVRM: Xid|uncorrectable ECC|(?i:ecc error)|CUDA error: (uncorrectable|hardware)"}),
         ("hardware", {"error": r"uncorrectable ECC|(?i:ecc error)|CUDA error: (uncorrectable|hardware|unknown error)"}),
         (DISK_FULL, {"error": r"No space left on device|Disk quota exceeded|database or disk is full"}),
+        (DISK_READ_ONLY, {"error": r"Read-only file system"}),
         (GPU_OUT_OF_MEMORY, {"error": r"CUDA out of memory|OutOfMemoryError: CUDA|CUDA error: out of memory"}),
         ("host_out_of_memory", {"error": r"running low on memory|OutOfMemoryError: Task was killed|OOM"}),
         (CORRUPT_CHECKPOINT, {"error": r"^CheckpointError"}),

@@ -14,6 +14,7 @@ from typing import Literal
 from models.run_dir import Summary
 from orchestrator.failures.causes import (
     DISK_FULL,
+    DISK_READ_ONLY,
     GPU_OUT_OF_MEMORY,
     HANG,
     NONFINITE,
@@ -123,7 +124,9 @@ def _charged(ending: Ending, earlier: Sequence[AttemptRow], retry: RetryConfig) 
             "FAILED", cause.name, f"{reason}; never retried{_advice(cause)}", host_faults=cause.host_faults
         )
     if cause.counts_as == "nothing":
-        said = {DISK_FULL: "the sweep pauses until there is room"}.get(cause.name, "retried, uncounted")
+        pauses = {DISK_FULL: "the sweep pauses until there is room"}
+        pauses[DISK_READ_ONLY] = "the sweep pauses until it can be written again"
+        said = pauses.get(cause.name, "retried, uncounted")
         return Consequence("WAITING", cause.name, f"{reason}; {said}", host_faults=cause.host_faults)
     budget = getattr(retry, cause.counts_as)
     spent = sum(counted_as(attempt.cause, retry.rules) == cause.counts_as for attempt in earlier)

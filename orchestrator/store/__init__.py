@@ -2,6 +2,7 @@
 
 from orchestrator.store.face import Store
 from orchestrator.store.layers import mean_or_none
+from orchestrator.store.outage import Patience, StoreOutage
 from orchestrator.store.rows import (
     BUDGET,
     BUDGET_EXTENDED,
@@ -55,11 +56,13 @@ __all__ = [
     "LeaseHeld",
     "LeaseLost",
     "Outcome",
+    "Patience",
     "RankDecision",
     "Spent",
     "StepRow",
     "Store",
     "StoreError",
+    "StoreOutage",
     "SweepRow",
     "TailRow",
     "TrialRow",

@@ -65,6 +65,21 @@ def start(
     return attempt_row(connection.execute(insert(attempt).values(**values).returning(*attempt.c)).mappings().one())
 
 
+def open_attempt(connection: Connection, lease: Lease, fingerprint: str) -> AttemptRow | None:
+    """The trial's attempt that has not ended, if this sweep's controller started it."""
+    attempt = schema.attempt
+    mine = (attempt.c.fingerprint == fingerprint, attempt.c.sweep_id == lease.sweep_id, attempt.c.ended_at.is_(None))
+    row = connection.execute(select(attempt).where(*mine)).mappings().one_or_none()
+    return None if row is None else attempt_row(row)
+
+
+def has_ended(connection: Connection, attempt: AttemptRow, cause: str, reason: str) -> bool:
+    """Whether the attempt has ended in just this way."""
+    table = schema.attempt
+    ended = (table.c.id == attempt.id, table.c.ended_at.is_not(None), table.c.cause == cause, table.c.reason == reason)
+    return connection.execute(select(table.c.id).where(*ended)).one_or_none() is not None
+
+
 def set_hosts(connection: Connection, lease: Lease, attempt: AttemptRow, hosts: Sequence[str]) -> None:
     leases.check(connection, lease)
     connection.execute(update(schema.attempt).where(schema.attempt.c.id == attempt.id).values(hosts=list(hosts)))

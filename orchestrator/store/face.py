@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from datetime import datetime
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar
 
-from sqlalchemy import Connection, update
+from sqlalchemy import Connection, Engine, update
+from sqlalchemy.exc import DBAPIError
 
 from models.config import Layout
 from models.redaction import hide
@@ -14,6 +18,7 @@ from orchestrator.store import attempts, outcomes, query, ranking, reader, schem
 from orchestrator.store import lease as leases
 from orchestrator.store.engine import make_engine, parse_url, reading, writing
 from orchestrator.store.migrate import migrate
+from orchestrator.store.outage import Patience, as_outage
 from orchestrator.store.query import View
 from orchestrator.store.rows import (
     Added,
@@ -22,14 +27,17 @@ from orchestrator.store.rows import (
     Curve,
     EventRow,
     FailedRow,
+    FinishedIsFinal,
     LayerRow,
     Lease,
     Outcome,
     RankDecision,
     Spent,
+    StoreError,
     SweepRow,
     TailRow,
     TrialRow,
+    TrialTaken,
 )
 from orchestrator.sweep import UserError
 
@@ -56,6 +64,8 @@ class Store:
         self.url = parsed.render_as_string(hide_password=True)
         self._engine = make_engine(parsed)
         self._reader_url = reader_url
+        self._patience: Patience | None = None
+        self._num_waits = 0
         migrate(self._engine)
 
     def __enter__(self) -> Self:
@@ -67,13 +77,47 @@ class Store:
     def close(self) -> None:
         self._engine.dispose()
 
+    def patient(self, patience: Patience) -> Self:
+        """The same store for one thread that waits for the database: each call is made again until it is done.
+
+        Without patience a call raises StoreOutage.
+        """
+        patient = copy.copy(self)
+        patient._patience = patience
+        return patient
+
     def _read(self, function: Callable[Concatenate[Connection, P], R], *args: P.args, **kwargs: P.kwargs) -> R:
-        with reading(self._engine) as connection:
-            return function(connection, *args, **kwargs)
+        return self._done(reading, lambda connection: function(connection, *args, **kwargs))
 
     def _write(self, function: Callable[Concatenate[Connection, P], R], *args: P.args, **kwargs: P.kwargs) -> R:
-        with writing(self._engine) as connection:
-            return function(connection, *args, **kwargs)
+        return self._done(writing, lambda connection: function(connection, *args, **kwargs))
+
+    def _done(
+        self, transaction: Callable[[Engine], AbstractContextManager[Connection]], work: Callable[[Connection], R]
+    ) -> R:
+        waits = self._num_waits
+        while True:
+            try:
+                with transaction(self._engine) as connection:
+                    result = work(connection)
+                break
+            except DBAPIError as error:
+                outage = as_outage(error, self.url)
+                if outage is None:
+                    raise
+                if self._patience is None:
+                    raise outage from error
+                self._num_waits += 1
+                self._patience.wait(outage)
+            except StoreError:  # an answer, too
+                self._answered(waits)
+                raise
+        self._answered(waits)
+        return result
+
+    def _answered(self, waits: int) -> None:
+        if self._patience is not None and self._num_waits > waits:
+            self._patience.over()
 
     # Sweeps and trials
 
@@ -183,7 +227,15 @@ class Store:
         ``cpus`` and ``gpus`` are what its whole gang holds: what budgets are charged.
         """
         given = (layout, provenance, resume_step, resumed_from, cpus, gpus)
-        return self._write(attempts.start, lease, fingerprint, *given)
+        waits = self._num_waits
+        try:
+            return self._write(attempts.start, lease, fingerprint, *given)
+        except TrialTaken:
+            # By this very call, perhaps: the connection may have been lost after the commit.
+            own = self._read(attempts.open_attempt, lease, fingerprint) if self._num_waits > waits else None
+            if own is None:
+                raise
+            return own
 
     def set_hosts(self, lease: Lease, attempt: AttemptRow, hosts: Sequence[str]) -> None:
         self._write(attempts.set_hosts, lease, attempt, hosts)
@@ -206,7 +258,13 @@ class Store:
         log_tail: str | None = None,
     ) -> None:
         """Close the attempt and move the trial; FinishedIsFinal when it has already ended."""
-        self._write(attempts.end, lease, attempt, state, cause, reason, end_step, summary, log_tail)
+        waits = self._num_waits
+        try:
+            self._write(attempts.end, lease, attempt, state, cause, reason, end_step, summary, log_tail)
+        except FinishedIsFinal:
+            # Likewise.
+            if self._num_waits == waits or not self._read(attempts.has_ended, attempt, cause, reason):
+                raise
 
     # Pruning by rank
 
@@ -225,9 +283,16 @@ class Store:
     # Events, curves, mirrors
 
     def add_event(
-        self, sweep_id: int | None, kind: str, message: str, fingerprint: str | None = None, attempt: int | None = None
+        self,
+        sweep_id: int | None,
+        kind: str,
+        message: str,
+        fingerprint: str | None = None,
+        attempt: int | None = None,
+        at: datetime | None = None,
     ) -> None:
-        self._write(submission.add_event, sweep_id, kind, message, fingerprint, attempt)
+        """``at``: when it happened; None: now."""
+        self._write(submission.add_event, sweep_id, kind, message, fingerprint, attempt, at)
 
     def events(
         self, sweep_id: int | None = None, after: int = 0, *, kind: str | None = None, last: int | None = None

@@ -35,9 +35,10 @@ def add_event(
     message: str,
     fingerprint: str | None = None,
     attempt: int | None = None,
+    at: datetime | None = None,
 ) -> None:
     values = {"sweep_id": sweep_id, "fingerprint": fingerprint, "attempt_number": attempt, "kind": kind}
-    connection.execute(insert(schema.event).values(at=datetime.now(UTC), message=message, **values))
+    connection.execute(insert(schema.event).values(at=at or datetime.now(UTC), message=message, **values))
 
 
 def add_plan(connection: Connection, plan: Plan) -> Added:
