@@ -283,3 +283,17 @@ def test_who_asks_twice_to_stop_does_not_wait_for_the_store(store: Store):
     with pytest.raises(StoreOutage, match="gone"):
         watch.wait(StoreOutage("gone"))
     assert watcher.lines == ["PAUSED    gone; training goes on, nothing is started until it is back"]
+
+
+def test_the_mirror_does_not_blame_mlflow_for_the_store(run: Run, store: Store, monkeypatch):
+    from orchestrator.tracking import Mirror, mirror
+
+    def away():
+        raise StoreOutage("the store is away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "sweeps", away)
+        with pytest.raises(StoreOutage, match="away"):
+            mirror(store, run.sweep_id, "sqlite:///nowhere.db")
+        Mirror(store, run.sweep_id, "sqlite:///nowhere.db").step()
+    assert store.events(run.sweep_id) == []

@@ -320,8 +320,7 @@ class Store:
         else:
             link = schema.sweep_trial
             statement = update(link).where(link.c.sweep_id == sweep_id, link.c.fingerprint == fingerprint)
-        with writing(self._engine) as connection:
-            connection.execute(statement.values(mlflow_run_id=run_id))
+        self._write(lambda connection: connection.execute(statement.values(mlflow_run_id=run_id)))
 
     def mirror_cursor(self, sweep_id: int, fingerprint: str) -> dict[str, Any] | None:
         """What the mirror last noted about a trial; the store does not look inside."""
@@ -334,8 +333,8 @@ class Store:
         else:
             link = schema.sweep_trial
             statement = update(link).where(link.c.sweep_id == sweep_id, link.c.fingerprint == fingerprint)
-        with writing(self._engine) as connection:
-            connection.execute(statement.values(mirror_cursor=None if cursor is None else dict(cursor)))
+        values = {"mirror_cursor": None if cursor is None else dict(cursor)}
+        self._write(lambda connection: connection.execute(statement.values(**values)))
 
     # SQL and notebooks
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from models.redaction import redacted
-from orchestrator.store import Store
+from orchestrator.store import Store, StoreOutage
 from orchestrator.tracking.mirror import Cursor, OutOfTime, mirror
 
 _LOG = logging.getLogger(__name__)
@@ -102,6 +102,9 @@ class Mirror:
                 continue
             try:
                 target.update()
+            except StoreOutage as outage:  # not the mirror's: the controller tells of it
+                _LOG.info("%s waits: %s", target.name, outage)
+                target.num_failures = max(1, target.num_failures) if self._closing.is_set() else target.num_failures
             except OutOfTime:
                 target.num_failures = max(1, target.num_failures)
             except Exception as error:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from models.redaction import redacted
-from orchestrator.store import AttemptRow, Store, SweepRow, TrialRow
+from orchestrator.store import AttemptRow, Store, StoreOutage, SweepRow, TrialRow
 from orchestrator.sweep import NOTICE_KINDS
 from orchestrator.tracking import run_content
 from orchestrator.tracking.layer_plots import layer_plots
@@ -56,7 +56,7 @@ def mirror(
     out_of_time: Callable[[], bool] = lambda: False,
     rebuild: bool = False,
 ) -> Sent:
-    """Bring a sweep's runs up to what the store holds; raises only TrackingError and OutOfTime.
+    """Bring a sweep's runs up to what the store holds; raises only TrackingError, OutOfTime and StoreOutage.
 
     ``artifact_location`` is used when the experiment is first made; None leaves it to the tracking server.
     ``cursors`` is a memory between the passes of one process. ``rebuild`` forgets the runs and sends everything anew.
@@ -65,7 +65,7 @@ def mirror(
     try:
         one_pass = _Pass(store, sweep_id, tracking_uri, artifact_location, {} if cursors is None else cursors)
         return one_pass.run(out_of_time, rebuild)
-    except OutOfTime:
+    except (OutOfTime, StoreOutage):
         raise
     except Exception as error:
         cause = _root_cause(error)
