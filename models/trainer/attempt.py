@@ -75,6 +75,7 @@ def start(
     """``train``, but the checkpoint of the schedule's end may still be in the writing. Other errors are raised."""
     with devices.on(world.device), Journal(spec.attempt_dir, world.rank) as journal:
         attempt = _Attempt(spec, world, journal, beat)
+        log.info("attempt %d begins", spec.number)
         try:
             outcome, error = attempt.run(should_stop), None
             if outcome == "stopped":
@@ -128,12 +129,15 @@ class _Attempt:
         while self.step < train.num_steps:
             self.step += 1
             self._train_one_step()
+            if self.step == train.num_steps:
+                log.info("all %d steps are done", self.step)
             if self.step in validation_steps:
                 self._validate("slice")
             if self.step in self.probes.steps:
                 self.journal.write(self.probes.measure(self.step))
             done = self.step == train.num_steps
             if done:
+                log.info("measured")
                 break
             self.saver.check()
             stop = self.world.agree(should_stop)
