@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 # Ray's and torch's own threads would fight over a laptop's cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test test-gpu test-cluster bench bench-store lint format clean
+.PHONY: quickstart test test-gpu test-cluster bench bench-store bench-turnaround lint format clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/gatesweep run sweeps/quickstart.yaml
@@ -31,6 +31,10 @@ bench: $(VENV)/installed-dev
 bench-store: $(VENV)/installed-dev
 	$(BIN)/python tests/bench/store_scale.py
 	$(BIN)/python tests/bench/store_scale.py --sweeps 1
+
+# Turnaround of trials, beside Ray Tune's and Ray Train's.
+bench-turnaround: $(VENV)/installed-dev
+	$(BIN)/python -W ignore tests/bench/turnaround.py
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

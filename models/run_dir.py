@@ -244,22 +244,21 @@ def resumed_checkpoints(trial_dir: Path) -> set[Path]:
     return {Path(spec.resume_checkpoint) for spec in specs if spec.resume_checkpoint is not None}
 
 
-def latest_checkpoint(trial_dir: Path) -> tuple[int, Path] | None:
-    """(step, path) of the furthest whole checkpoint of a trial; of equal ones the newest attempt's.
+def visible_checkpoints(trial_dir: Path) -> Iterator[tuple[int, Path]]:
+    """(step, path) of all complete checkpoints of a trial, the newest attempt's first.
 
     Not one that an attempt wrote after its successor had branched off: that is nobody's history.
     """
-    best: tuple[int, Path] | None = None
     visible = math.inf
     for folder in sorted((trial_dir / "attempts").glob("[0-9]*-*"), reverse=True):
-        if not (folder / "attempt.json").exists():
-            continue
-        for step, path in complete_checkpoints(folder):
-            if step <= visible and (best is None or step > best[0]):
-                best = (step, path)
-                break
-        visible = min(visible, read_attempt_spec(folder).resume_step)
-    return best
+        if (folder / "attempt.json").exists():
+            yield from ((step, path) for step, path in complete_checkpoints(folder) if step <= visible)
+            visible = min(visible, read_attempt_spec(folder).resume_step)
+
+
+def latest_checkpoint(trial_dir: Path) -> tuple[int, Path] | None:
+    """(step, path) of the furthest complete checkpoint of a trial; of equal ones the newest attempt's."""
+    return max(visible_checkpoints(trial_dir), key=lambda one: one[0], default=None)
 
 
 def log_tail(attempt_dir: Path, rank: int = 0, num_lines: int = 20, num_bytes: int = 16_384) -> str:

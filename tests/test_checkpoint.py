@@ -328,7 +328,7 @@ def test_a_rank_that_is_gone_holds_up_nobody_for_ever(world, tmp_path, monkeypat
 
 
 def test_a_torn_one_is_none_of_those_that_are_kept(world, corpus, tmp_path):
-    from models.checkpoint.retention import prune
+    from models.retention import prune_attempt
     from models.trainer import train
 
     spec = new_attempt(tmp_path, corpus_trial(corpus, steps=STEPS), checkpoint_every_steps=1, keep_checkpoints=5)
@@ -340,18 +340,18 @@ def test_a_torn_one_is_none_of_those_that_are_kept(world, corpus, tmp_path):
     assert steps() == [5, 4, 3, 2, 1]
     cut(run_dir.checkpoint_path(spec.attempt_dir, 5) / FILES["tensors"])
     (run_dir.checkpoint_path(spec.attempt_dir, 3) / "manifest.json").unlink()
-    prune(spec.attempt_dir, keep=3)
+    prune_attempt(spec.attempt_dir, keep=3)
     assert steps() == [5, 4, 3, 2, 1]
-    prune(spec.attempt_dir, keep=2)
+    prune_attempt(spec.attempt_dir, keep=2)
     assert steps() == [5, 4, 3, 2]
     resumed_from = str(run_dir.checkpoint_path(spec.attempt_dir, 2))
     new_attempt(tmp_path, corpus_trial(corpus, steps=STEPS), 2, resume_checkpoint=resumed_from, resume_step=2)
-    prune(spec.attempt_dir, keep=1)
+    prune_attempt(spec.attempt_dir, keep=1)
     assert steps() == [5, 4, 2]
     assert not list((spec.attempt_dir / "checkpoints").glob(".*"))
     cut(run_dir.checkpoint_path(spec.attempt_dir, 4) / FILES["tensors"])
     cut(run_dir.checkpoint_path(spec.attempt_dir, 2) / FILES["tensors"])
-    prune(spec.attempt_dir, keep=1)
+    prune_attempt(spec.attempt_dir, keep=1)
     assert steps() == [5, 4, 2]
 
 

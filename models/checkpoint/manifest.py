@@ -5,7 +5,6 @@ A checkpoint holds pickles: to open it can run code. What may be opened is decid
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -61,15 +60,6 @@ def write_manifest(folder: Path, files: dict[str, dict[str, Any]]) -> None:
     trust.seal(folder, "checkpoint", {name: trust.FileSeal(**entry) for name, entry in files.items()})
     sync(folder / trust.MANIFEST)
     sync(folder)
-
-
-def looks_whole(path: Path) -> bool:
-    """Whether every file of the manifest is there with its size: what can be told without reading gigabytes."""
-    try:
-        files = json.loads((path / trust.MANIFEST).read_text())["files"]
-        return all((path / name).stat().st_size == entry["bytes"] for name, entry in files.items())
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
 
 
 def verify(path: Path) -> None:

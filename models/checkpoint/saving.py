@@ -37,10 +37,9 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.storage import WriteResult
 
-from models import device, run_dir
+from models import device, retention, run_dir
 from models.checkpoint.background import Writer
 from models.checkpoint.manifest import checked, sync, write_manifest, written_by
-from models.checkpoint.retention import prune
 from models.checkpoint.state import state_of
 
 log = logging.getLogger(__name__)
@@ -152,7 +151,7 @@ class Saver:
             self._hand_over(aside, {"failed": told})
             raise OSError(told) from failure
         if self._rank == 0:
-            prune(self.attempt_dir, self.keep)
+            retention.prune_attempt(self.attempt_dir, self.keep)
 
     def _write_part(self, snapshot: _Snapshot, aside: Path) -> dict[str, Any]:
         """This rank's file, synced; its places in it and its checksum, which rank 0 gets."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from models import run_dir
+from models.retention import prune_trial
 from orchestrator.controller.running import RunningAttempt
 from orchestrator.controller.sweep_run import SweepRun
 from orchestrator.failures import DISK_FULL, DISK_READ_ONLY, HANG, PREEMPTED, Consequence, Ending, consequence
@@ -38,6 +39,8 @@ def end_attempt(run: SweepRun, attempt: RunningAttempt, end: GangEnd) -> None:
     _tell(run, attempt, result)
     run.announcer.trial_ended(attempt, result, run.trials.rows, run.clock.monotonic())
     _judge_gang(run, attempt, end, result)
+    if result.state == "COMPLETE" and attempt.row.number > 1:
+        prune_trial(run_dir.trial_dir(run.home, attempt.trial.fingerprint), run.sweep.checkpoint.keep)
     run.mirror.nudge()
 
 

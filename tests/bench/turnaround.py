@@ -215,6 +215,9 @@ def tuned(home: Path, configs: Sequence[TrialConfig], *, reuse: bool) -> list[Ma
             self.spec = AttemptSpec.model_validate_json(new_config["spec"])
             return True
 
+        def save_checkpoint(self, checkpoint_dir: str) -> None:
+            """Asked for at the end of every trial: nothing is saved."""
+
         def step(self) -> dict[str, Any]:
             from models.trainer import train
 
