@@ -15,7 +15,7 @@ from rich.console import Console
 
 from models.redaction import redacted
 from orchestrator import report
-from orchestrator.cli import control, data_verbs, doctor, signing, submit, trace, trained
+from orchestrator.cli import control, data_verbs, doctor, signing, submit, trace, trained, watch
 from orchestrator.cli import results as results_verb
 from orchestrator.cli.home import Home, existing_store, has_store
 from orchestrator.plan import expand
@@ -41,6 +41,7 @@ signing.register(app, console)
 submit.register(app, console)
 trained.register(app, console)
 trace.register(app, console)
+watch.register(app, console)
 results_verb.register(app, console)
 
 USER_ERROR_EXIT, DEFECT_EXIT = 2, 1

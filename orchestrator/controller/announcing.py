@@ -4,7 +4,7 @@ for."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from orchestrator.controller.running import RunningAttempt, trial_name
@@ -23,7 +23,7 @@ class Announcer:
         self._sweep, self._sweep_id, self._store, self._view, self._webhook = sweep, sweep_id, store, view, webhook
         self._wave = WaveWatch(sweep.notices.wave, sweep.baseline)
 
-    def trial_ended(self, attempt: RunningAttempt, result: Consequence, trials: list[TrialRow], now: float) -> None:
+    def trial_ended(self, attempt: RunningAttempt, result: Consequence, trials: Iterable[TrialRow], now: float) -> None:
         trial = attempt.trial
         if result.state == "FAILED":
             facts = {
@@ -47,11 +47,12 @@ class Announcer:
         self._view.tell(f"budget    {message}")
         self._announce("budget", message, facts)
 
-    def sweep_done(self, trials: list[TrialRow]) -> None:
+    def sweep_done(self, trials: Iterable[TrialRow]) -> None:
         counts = Counter(trial.state for trial in trials)
+        number = counts.total()
         states = ", ".join(f"{count} {state.lower()}" for state, count in sorted(counts.items()))
-        facts = {"trials": len(trials), "states": dict(sorted(counts.items()))}
-        self._announce("sweep_done", f"all {len(trials)} trials have ended: {states}", facts)
+        facts = {"trials": number, "states": dict(sorted(counts.items()))}
+        self._announce("sweep_done", f"all {number} trials have ended: {states}", facts)
 
     def _announce(
         self,

@@ -7,7 +7,7 @@ a rate at which the baseline has diverged, or above. All others count; so does e
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +32,7 @@ class WaveWatch:
         self._baseline_diverged_at = float("inf")
         self._told_at = -float("inf")
 
-    def ended(self, trial: TrialRow, state: str, trials: Sequence[TrialRow], now: float) -> Wave | None:
+    def ended(self, trial: TrialRow, state: str, trials: Iterable[TrialRow], now: float) -> Wave | None:
         """The wave that this end makes, once for the length of a window. ``trials``: all of the sweep."""
         if state not in _ENDED:
             return None
@@ -64,7 +64,7 @@ class WaveWatch:
         return rate >= self._baseline_diverged_at or rate >= highest.get(trial.arm, float("inf"))
 
 
-def _highest_rates(trials: Sequence[TrialRow]) -> dict[str, float]:
+def _highest_rates(trials: Iterable[TrialRow]) -> dict[str, float]:
     """By arm, of those that have several."""
     rates: dict[str, set[float]] = {}
     for trial in trials:

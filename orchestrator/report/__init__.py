@@ -19,6 +19,7 @@ from orchestrator.report.spending import Standing, budget_forecast, budget_lines
 from orchestrator.report.tables import tabulate
 from orchestrator.report.terminal import ResultsView, to_text
 from orchestrator.report.tree import ArmRow, Results, SweepHeading, TrialResult, VerdictTable
+from orchestrator.report.watching import watch_frame
 
 __all__ = [
     "Against",
@@ -60,4 +61,5 @@ __all__ = [
     "to_markdown",
     "to_parquet",
     "to_text",
+    "watch_frame",
 ]

@@ -16,6 +16,7 @@ from models.redaction import hide
 from models.run_dir import Record, Summary
 from orchestrator.store import attempts, outcomes, query, ranking, reader, schema, spending, submission
 from orchestrator.store import lease as leases
+from orchestrator.store import running as running_rows
 from orchestrator.store.engine import make_engine, parse_url, reading, writing
 from orchestrator.store.migrate import migrate
 from orchestrator.store.outage import Patience, as_outage
@@ -32,6 +33,7 @@ from orchestrator.store.rows import (
     Lease,
     Outcome,
     RankDecision,
+    RunningRow,
     Spent,
     StoreError,
     SweepRow,
@@ -177,6 +179,10 @@ class Store:
     def lease_holder(self, sweep_id: int) -> tuple[str, float] | None:
         """(holder, seconds left) while a lease is in force."""
         return self._read(leases.holder, sweep_id)
+
+    def running(self, sweep_id: int) -> list[RunningRow]:
+        """What the sweep's controller runs now, each with its newest step, in execution order."""
+        return self._read(running_rows.running, sweep_id)
 
     # Budgets
 

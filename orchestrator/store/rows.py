@@ -303,6 +303,25 @@ class EventRow:
 
 
 @dataclass(frozen=True, slots=True)
+class RunningRow:
+    """An open attempt of a sweep, with its newest step."""
+
+    arm: str
+    axes: dict[str, Any]
+    seed: int
+    fingerprint: str
+    attempt: int
+    hosts: tuple[str, ...]
+    started_at: datetime
+    resume_step: int
+    step: int
+    """Optimizer steps done; before its first one, the step that it resumed at."""
+    num_steps: int
+    loss_nats: float | None
+    tokens_per_second: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class Spent:
     """What a sweep has used up over all its runs, in hours; what other sweeps ran for it is theirs."""
 
