@@ -281,7 +281,7 @@ class Bench:
         sweep_id = self.store.add(plan).sweep_id
         view = watcher or Watcher()
         given = (plan.sweep, sweep_id, self.store, cluster, NoMirror(), self.home, view, plan.confirmations)
-        return Controller(*given, clock, webhook)  # type: ignore[arg-type]
+        return Controller(*given, clock, webhook, plan)  # type: ignore[arg-type]
 
     def run(self, plan: Plan, fate: FateAt = all_goes_well, capacity: int = 2) -> Watcher:
         watcher = Watcher()

@@ -12,7 +12,7 @@ from orchestrator import report
 from orchestrator.cli.home import Home
 from orchestrator.cli.live import PlainView, view_for
 from orchestrator.cli.signing import check_key
-from orchestrator.controller import BudgetUsedUp, Controller, SweepStopped, View, choose_rates, is_dead
+from orchestrator.controller import BudgetUsedUp, Controller, SweepStopped, View, choose_rates, grow_rates, is_dead
 from orchestrator.gang import Cluster
 from orchestrator.notices import open_webhook
 from orchestrator.plan import Plan
@@ -65,7 +65,9 @@ def run_sweep(
         added = store.add(plan)
         for extension in extensions:
             store.add_event(added.sweep_id, BUDGET_EXTENDED, extension)
-        choose_rates(store, sweep.name, plan.confirmations, lambda line: console.print(line, highlight=False))
+        grown = grow_rates(store, plan, lambda line: console.print(line, highlight=False))
+        plan = grown.plan
+        choose_rates(store, sweep.name, grown.confirmations, lambda line: console.print(line, highlight=False))
         current = store.trials(added.sweep_id)
         states = [trial.state for trial in current]
         missing = sum(state in ("WAITING", "RUNNING") for state in states)
@@ -127,7 +129,7 @@ def _run_missing(
             webhook.start()
         try:
             given = (sweep, sweep_id, store, cluster, background, home.directory, view, plan.confirmations)
-            controller = Controller(*given, webhook=webhook)
+            controller = Controller(*given, webhook=webhook, plan=plan)
             with controller, _clean_stop(controller):
                 controller.run()
         except BudgetUsedUp as stopped:

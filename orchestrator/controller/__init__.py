@@ -4,6 +4,7 @@ Read ``loop``, which is a page, then its steps: ``launching``, ``following``, ``
 ``sweep_run``, of which ``known_trials``, ``gang_pool`` and ``running`` (an attempt that is followed) are the parts.
 """
 
+from orchestrator.controller.growing import grow_rates
 from orchestrator.controller.lease_holder import is_dead
 from orchestrator.controller.loop import BudgetUsedUp, Controller, SweepStopped
 from orchestrator.controller.reproduction import Reproduction, reproduce
@@ -19,6 +20,7 @@ __all__ = [
     "SweepStopped",
     "View",
     "choose_rates",
+    "grow_rates",
     "is_dead",
     "reproduce",
 ]

@@ -16,6 +16,7 @@ from orchestrator.controller.disk import DiskWatch
 from orchestrator.controller.ends import end_attempt
 from orchestrator.controller.following import follow
 from orchestrator.controller.gang_pool import GangPool
+from orchestrator.controller.growing import grow_rates
 from orchestrator.controller.known_trials import KnownTrials
 from orchestrator.controller.launching import launch
 from orchestrator.controller.lease_holder import acquire_lease
@@ -30,7 +31,7 @@ from orchestrator.controller.sweep_run import SweepRun
 from orchestrator.failures import Wish
 from orchestrator.gang import Cluster, Gang, GangEnd, GangShape
 from orchestrator.notices import Webhook
-from orchestrator.plan import Confirmation, PlannedTrial, micro_batch_sizes
+from orchestrator.plan import Confirmation, Plan, PlannedTrial, micro_batch_sizes
 from orchestrator.search import Search
 from orchestrator.store import STATES, Lease, Store, TrialRow
 from orchestrator.sweep import Sweep, UserError
@@ -69,12 +70,15 @@ class Controller:
         confirmations: Sequence[Confirmation] = (),
         clock: Clock | None = None,
         webhook: Webhook | None = None,
+        plan: Plan | None = None,
     ) -> None:
         self.confirmations, self.clock = confirmations, clock or Clock()
         self.outage = OutageWatch(store, sweep_id, self.clock, view)
         store = self.outage.store  # from here on nobody else's: it waits where the given one would fail
         self.sweep, self.sweep_id, self.store, self.view = sweep, sweep_id, store, view
         self.shape = GangShape(sweep.resources.layout, sweep.resources.cpus, sweep.resources.gpus)
+        self.plan = plan
+        """Only learning rates that join while it runs need it."""
         cells = _cells(store, sweep_id, confirmations)
         sizes = micro_batch_sizes([trial.config for trial in cells], sweep.resources)
         self.sweep_run = SweepRun(
@@ -210,9 +214,17 @@ class Controller:
 
     def _refresh(self, now: bool = False) -> None:
         if now or self.clock.monotonic() - self.trials.read_at > REFRESH_SECONDS:
+            self._grow()
             choose_rates(self.store, self.sweep.name, self.confirmations, self.view.tell)
             self.trials.read()
             self._cancel(self.orders.to_cancel())
+
+    def _grow(self) -> None:
+        if self.plan is None or self.sweep.growing_rates is None:
+            return
+        grown = grow_rates(self.store, self.plan, self.view.tell)
+        self.plan, self.confirmations = grown.plan, grown.confirmations
+        self.sweep_run.add([*self.plan.trials, *self.plan.confirming])
 
     def _cancel(self, fingerprints: set[str]) -> None:
         for attempt in self.running:

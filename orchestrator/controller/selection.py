@@ -44,13 +44,17 @@ def choose_rates(
 
 
 def _best(store: Store, sweep_id: int, tail: float, arm: str, trials: Sequence[TrialRow]) -> float | None:
-    """By the measure of the verdicts; None when no rate has all its seeds complete."""
+    """None when no rate has all its seeds complete."""
+    best = best_learning_rate(arm, cell_results(store, sweep_id, tail, arm, trials)).best
+    return None if best is None else best.lr
+
+
+def cell_results(store: Store, sweep_id: int, tail: float, arm: str, trials: Sequence[TrialRow]) -> list[CellResult]:
+    """Trials of one arm, by the measure of the verdicts."""
     tails = {(row.fingerprint, row.split): row.loss_nats for row in store.tails(sweep_id, tail)}
     complete = [trial.fingerprint for trial in trials if trial.state == "COMPLETE"]
     split = "full" if all(tails.get((one, "full")) is not None for one in complete) else "slice"
-    results = [
+    return [
         CellResult(arm, trial.config.train.lr, trial.seed, trial.state, tails.get((trial.fingerprint, split)))
         for trial in trials
     ]
-    best = best_learning_rate(arm, results).best
-    return None if best is None else best.lr

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from orchestrator.controller.gang_pool import GangPool
 from orchestrator.controller.known_trials import KnownTrials
 from orchestrator.controller.running import RunningAttempt
 from orchestrator.controller.snapshot import View
+from orchestrator.plan import PlannedTrial
 from orchestrator.search import Search
 from orchestrator.store import Lease, Store
 from orchestrator.sweep import Sweep
@@ -36,6 +37,13 @@ class SweepRun:
     trials: KnownTrials
     disk: DiskWatch
     announcer: Announcer
-    micro_batches: Mapping[str, int]
+    micro_batches: dict[str, int]
     """Sequences that a rank takes at once, by fingerprint."""
     running: list[RunningAttempt] = field(default_factory=list)
+
+    def add(self, trials: Sequence[PlannedTrial]) -> None:
+        """Trials that may join the sweep; those that are known stay as they are."""
+        new = [trial for trial in trials if trial.fingerprint not in self.micro_batches]
+        if new:
+            self.micro_batches |= {trial.fingerprint: trial.micro_batch_sequences for trial in new}
+            self.search.add(new)

@@ -29,13 +29,24 @@ from orchestrator.plan.files import Files
 from orchestrator.plan.fit import memory_needed, memory_refusals, micro_batch_sizes
 from orchestrator.plan.refusals import refusals
 from orchestrator.plan.resolve import cell_config, matched
-from orchestrator.sweep import Derived, DocumentPath, Problems, Sweep, UserError
+from orchestrator.sweep import Derived, DocumentPath, ExtendedRates, GrowingRates, Problems, Sweep, UserError
 
 MAX_TRIALS = 100_000
 
 LR = "train.lr"
 
-__all__ = ["LR", "MAX_TRIALS", "Confirmation", "Plan", "PlannedTrial", "Refusal", "expand", "micro_batch_sizes"]
+__all__ = [
+    "LR",
+    "MAX_TRIALS",
+    "Confirmation",
+    "GrownRate",
+    "Plan",
+    "PlannedTrial",
+    "RateGroup",
+    "Refusal",
+    "expand",
+    "micro_batch_sizes",
+]
 
 
 @dataclass(frozen=True)
@@ -87,6 +98,23 @@ class Confirmation:
 
 
 @dataclass(frozen=True)
+class RateGroup:
+    """What has learning rates of its own: an arm, at one value of every axis but the rate and what is derived."""
+
+    arm: str
+    axes: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class GrownRate:
+    """A learning rate that joined a group while the sweep ran."""
+
+    arm: str
+    axes: dict[str, Any]
+    lr: float
+
+
+@dataclass(frozen=True)
 class Plan:
     sweep: Sweep
     trials: tuple[PlannedTrial, ...]
@@ -97,9 +125,44 @@ class Plan:
     named_files: dict[str, Path] = field(default_factory=dict)
     """Corpora and tokenizers that are not built in, by their names in the sweep."""
 
+    cells: tuple[_Cell, ...] = field(default=(), repr=False)
+    """Those that run, one a set of trials."""
+
     @property
     def training_flops(self) -> int:
         return sum(trial.training_flops for trial in self.trials)
+
+    @property
+    def confirming(self) -> tuple[PlannedTrial, ...]:
+        """All that may come once learning rates are chosen."""
+        return tuple(one for each in self.confirmations for of_rate in each.by_lr.values() for one in of_rate)
+
+    @property
+    def groups(self) -> tuple[RateGroup, ...]:
+        """In the order of the file: what has learning rates of its own."""
+        found = {cell.group(self.sweep): cell for cell in reversed(self.cells)}
+        return tuple(
+            RateGroup(cell.arm, _other_axes(self.sweep, cell.axes))
+            for cell in self.cells
+            if found[cell.group(self.sweep)] is cell
+        )
+
+    def grown(self, rates: Iterable[GrownRate]) -> Plan:
+        """The plan with further learning rates. Those that it has, whose group it lacks or which lie outside of what
+        is searched now are left out."""
+        if self.sweep.growing_rates is None:
+            return self
+        cells = {(cell.group(self.sweep), cell.axes[LR]): cell for cell in self.cells}
+        first = {group: cell for (group, _), cell in reversed(cells.items())}
+        for one in rates:
+            group = _group(self.sweep, one.arm, one.axes)
+            if group in first and (group, one.lr) not in cells and _is_allowed(self.sweep.growing_rates, one.lr):
+                cells[group, one.lr] = _at_rate(first[group], one.lr)
+        if len(cells) == len(self.cells):
+            return self
+        trials = _in_order(self.sweep, list(cells.values()))
+        confirmations = _confirmations(self.sweep, list(cells.values()), trials)
+        return replace(self, trials=trials, confirmations=confirmations, cells=tuple(cells.values()))
 
 
 @dataclass(frozen=True)
@@ -113,6 +176,9 @@ class _Cell:
     def name(self) -> str:
         values = ", ".join(f"{name}={value}" for name, value in self.axes.items())
         return f"{self.arm} ({values})" if values else self.arm
+
+    def group(self, sweep: Sweep) -> str:
+        return _group(sweep, self.arm, self.axes)
 
 
 def expand(sweep: Sweep, *, files_may_be_absent: bool = False) -> Plan:
@@ -146,7 +212,28 @@ def expand(sweep: Sweep, *, files_may_be_absent: bool = False) -> Plan:
     _refuse_other_measures(sweep, runnable)
     trials = _in_order(sweep, runnable)
     confirmations = _confirmations(sweep, runnable, trials)
-    return Plan(sweep, trials, tuple(refused), tuple(files.absent.values()), confirmations, files.named)
+    absent = tuple(files.absent.values())
+    return Plan(sweep, trials, tuple(refused), absent, confirmations, files.named, tuple(runnable))
+
+
+def _other_axes(sweep: Sweep, axes: dict[str, Any]) -> dict[str, Any]:
+    hidden = {LR, *(name for name, axis in sweep.axes.items() if isinstance(axis, Derived))}
+    return {name: value for name, value in axes.items() if name not in hidden}
+
+
+def _group(sweep: Sweep, arm: str, axes: dict[str, Any]) -> str:
+    return json.dumps([arm, _other_axes(sweep, axes)], default=str)
+
+
+def _is_allowed(rates: GrowingRates, lr: float) -> bool:
+    return isinstance(rates, ExtendedRates) or rates.search[0] <= lr <= rates.search[1]
+
+
+def _at_rate(cell: _Cell, lr: float) -> _Cell:
+    """Nothing else of a cell hangs on its rate: values that are a multiple of it are refused beside growing rates."""
+    train = cell.config.train.model_copy(update={"lr": lr})
+    config = cell.config.model_copy(update={"train": train})
+    return replace(cell, axes={**cell.axes, LR: lr}, config=config)
 
 
 def _cells(sweep: Sweep, files: Files) -> list[_Cell]:
@@ -276,10 +363,9 @@ def _confirmations(sweep: Sweep, cells: list[_Cell], selection: tuple[PlannedTri
     """One for each arm and value of the other axes, in the order of the file; their trials come after all others."""
     if not sweep.confirm_seeds:
         return ()
-    hidden = {LR, *(name for name, axis in sweep.axes.items() if isinstance(axis, Derived))}
 
     def group(one: _Cell | PlannedTrial) -> str:
-        return json.dumps([one.arm, {name: one.axes[name] for name in one.axes if name not in hidden}], default=str)
+        return _group(sweep, one.arm, one.axes)
 
     first = {group(cell): cell for cell in reversed(cells)}
     choosing: dict[str, list[str]] = {}
@@ -291,7 +377,7 @@ def _confirmations(sweep: Sweep, cells: list[_Cell], selection: tuple[PlannedTri
     return tuple(
         Confirmation(
             arm=cell.arm,
-            axes={name: value for name, value in cell.axes.items() if name not in hidden},
+            axes=_other_axes(sweep, cell.axes),
             selection=tuple(sorted(choosing[key])),
             by_lr={lr: tuple(trials) for lr, trials in sorted(by_lr[key].items())},
         )

@@ -13,7 +13,15 @@ from decimal import Decimal
 from typing import Any
 
 from models.presets import PRESETS
-from orchestrator.sweep import Derived, DocumentPath, Sweep, check_value, config_fields
+from orchestrator.sweep import (
+    Derived,
+    DocumentPath,
+    ExtendedRates,
+    SearchedRates,
+    Sweep,
+    check_value,
+    config_fields,
+)
 
 
 @dataclass(frozen=True)
@@ -53,6 +61,8 @@ def assignments(sweep: Sweep) -> list[Leaves]:
     for name, axis in sweep.axes.items():
         if isinstance(axis, Derived):
             derived[name] = Leaf(axis, ("axes", name))
+        elif isinstance(axis, SearchedRates | ExtendedRates):
+            factors.append([{name: Leaf(value, ("axes", name))} for value in axis.first])
         else:
             factors.append([{name: Leaf(value, ("axes", name, index))} for index, value in enumerate(axis)])
     for number, group in enumerate(sweep.zip):
@@ -71,7 +81,10 @@ def number_of_cells(sweep: Sweep) -> int:
     """Cells before exclusion, without making them."""
     product = 1 if sweep.axes or sweep.zip or not sweep.rows else 0
     for axis in sweep.axes.values():
-        product *= 1 if isinstance(axis, Derived) else len(axis)
+        if isinstance(axis, SearchedRates | ExtendedRates):
+            product *= axis.most
+        else:
+            product *= 1 if isinstance(axis, Derived) else len(axis)
     for group in sweep.zip:
         product *= len(next(iter(group.values())))
     return (product + len(sweep.rows)) * len(sweep.arms)

@@ -29,6 +29,7 @@ def footnotes(
         _look(heading, comparison),
         _changes(heading),
         _noise_floor(rows, comparison),
+        heading.rates_note,
         _confirmed(heading, rows),
         _exploratory(rows, exploratory),
         *_edges(rows),

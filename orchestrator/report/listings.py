@@ -18,6 +18,7 @@ from orchestrator.report.figures import (
     axis_text,
     count_text,
     flops_text,
+    lr_text,
     memory_text,
     plural,
     states_text,
@@ -25,6 +26,7 @@ from orchestrator.report.figures import (
 )
 from orchestrator.report.spending import budget_lines
 from orchestrator.report.tree import STATES
+from orchestrator.sweep import SearchedRates
 
 if TYPE_CHECKING:
     from orchestrator.plan import Plan, PlannedTrial, Refusal
@@ -124,7 +126,25 @@ def _plan_totals(plan: Plan, known: Mapping[str, str]) -> list[str]:
         work = f"{flops_text(flops)} training FLOPs in all, {flops_text(flops_left)} still to do"
         lines.append(f"{span} parameters a trial; {work}")
         lines += _memory_lines(plan)
-    return [*lines, *_confirmation_lines(plan, known)]
+    return [*lines, *_growth_lines(plan), *_confirmation_lines(plan, known)]
+
+
+def _growth_lines(plan: Plan) -> list[str]:
+    """Rates that are not known yet, and at most what their trials cost: no rate changes the price of a trial."""
+    rates = plan.sweep.growing_rates
+    if rates is None or not plan.trials:
+        return []
+    number_of_cells = {(trial.arm, axes_text(trial.axes)) for trial in plan.trials}
+    missing = rates.most * len(plan.groups) - len(number_of_cells)
+    if missing <= 0:
+        return []
+    flops = plan.training_flops / len(number_of_cells) * missing
+    if isinstance(rates, SearchedRates):
+        low, high = map(lr_text, rates.search)
+        said = f"then {rates.trials} learning rates an arm in all, searched between {low} and {high}"
+    else:
+        said = f"then at most {plural(rates.extend, 'rate')} beyond the grid's edge, in all arms"
+    return [f"{said}: {plural(missing, 'cell')} more, about {flops_text(flops)} training FLOPs"]
 
 
 def _confirmation_lines(plan: Plan, known: Mapping[str, str]) -> list[str]:

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from models.accounting import utilisation
 from models.config import Layout
-from orchestrator.report.figures import plural
+from orchestrator.report.figures import lr_text, plural
 from orchestrator.report.tables import tabulate
-from orchestrator.report.tree import Results, SweepHeading, TrialResult
+from orchestrator.report.tree import LR_AXIS, Results, SweepHeading, TrialResult
 from orchestrator.store import REPRODUCED, verdict_seeds
-from orchestrator.sweep import ResourcesConfig, VerdictConfig
+from orchestrator.sweep import ResourcesConfig, SearchedRates, VerdictConfig
 from orchestrator.verdict import Design, Looks
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ def _heading(sweep: SweepRow) -> SweepHeading:
     )
     looks, exploratory = _looks(sweep, rules.looks)
     confirming = tuple(sweep.settings.get("confirm_seeds") or ())
+    searched, note = _growing_rates(sweep)
     return SweepHeading(
         name=sweep.name,
         question=sweep.question,
@@ -54,6 +55,29 @@ def _heading(sweep: SweepRow) -> SweepHeading:
         axis_names=axes,
         derived_axes=derived,
         confirm_seeds=confirming,
+        searched_rates=searched,
+        rates_note=note,
+    )
+
+
+def _growing_rates(sweep: SweepRow) -> tuple[int | None, str]:
+    """How many rates an arm has by search, and a footnote; (None, "") where the file names all rates."""
+    axis = (sweep.settings.get("axes") or {}).get(LR_AXIS)
+    if not isinstance(axis, Mapping):
+        return None, ""
+    if "search" in axis:
+        low, high = map(lr_text, axis["search"])
+        number = SearchedRates.model_validate(axis).trials
+        first = len(SearchedRates.model_validate(axis).first)
+        how = f"{first} spread evenly in log LR, then one by one along a parabola (Optuna)"
+        return number, f"learning rates searched between {low} and {high}: {number} an arm, {how}; arms differ in rates"
+    if "extend" not in axis:
+        return None, ""
+    added = sorted({one["lr"] for one in sweep.verdict.get("grown", ())})
+    named = f": {', '.join(map(lr_text, added))}" if added else ""
+    return (
+        None,
+        f"the grid was extended at its edge by {len(added)} of at most {axis['extend']} rates, in all arms{named}",
     )
 
 

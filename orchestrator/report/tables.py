@@ -219,9 +219,16 @@ def _arm(name: str, heading: SweepHeading, split: Split, trials: list[TrialResul
         best_lr=best_lr,
         at_best=tuple(at_best),
         losses_nats=losses,
-        num_missing=len({(cell, seed) for cell in cells for seed in seeds} - present),
+        num_missing=_num_missing(heading, cells, seeds, present),
         num_confirming=len(confirm) if confirm else None,
     )
+
+
+def _num_missing(heading: SweepHeading, cells: set[str], seeds: set[int], present: set[tuple[str, int]]) -> int:
+    """Of a search, whose rates are each arm's own, by number."""
+    if heading.searched_rates is not None:
+        return max(0, heading.searched_rates * len(seeds) - len(present))
+    return len({(cell, seed) for cell in cells for seed in seeds} - present)
 
 
 def _loss(trial: TrialResult, split: Split) -> float | None:

@@ -51,6 +51,10 @@ class SweepHeading:
     """Seeds of the verdicts, where ``seeds`` only choose the learning rates. ``extra_baseline_seeds`` are such, too."""
     changes: tuple[str, ...] = ()
     """What was declared otherwise after the first submission, whose settings hold."""
+    searched_rates: int | None = None
+    """Learning rates of an arm, where each has its own by search; None: all arms have the same ones."""
+    rates_note: str = ""
+    """How learning rates were found that the file does not name."""
     rank_decisions: tuple[RankDecision, ...] = ()
     """What was pruned by rank, oldest first."""
 

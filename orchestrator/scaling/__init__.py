@@ -2,6 +2,7 @@
 their rank. Pure."""
 
 from orchestrator.scaling.audit import AUDIT_VERSION, EndedTrial, PruningAudit, audit_pruning
+from orchestrator.scaling.extension import extension
 from orchestrator.scaling.grid import (
     FORMULA_VERSION,
     BestLearningRate,
@@ -31,6 +32,7 @@ __all__ = [
     "RungPoint",
     "audit_pruning",
     "best_learning_rate",
+    "extension",
     "fit_optimum",
     "group_key",
     "loss_at",

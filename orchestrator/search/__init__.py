@@ -5,7 +5,18 @@
 
 from orchestrator.search.divergence import DivergenceRule, Stop
 from orchestrator.search.points import PlannedCell
+from orchestrator.search.rates import SEARCH_VERSION, suggest_rate
 from orchestrator.search.study import DivergencePruner, Search
 from orchestrator.search.study_mirror import MirrorError, StudyMirror
 
-__all__ = ["DivergencePruner", "DivergenceRule", "MirrorError", "PlannedCell", "Search", "Stop", "StudyMirror"]
+__all__ = [
+    "SEARCH_VERSION",
+    "DivergencePruner",
+    "DivergenceRule",
+    "MirrorError",
+    "PlannedCell",
+    "Search",
+    "Stop",
+    "StudyMirror",
+    "suggest_rate",
+]

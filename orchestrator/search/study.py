@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import optuna
-from optuna.distributions import BaseDistribution
+from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.trial import FrozenTrial
 
 from models.run_dir import Record, StepRecord
@@ -90,6 +90,16 @@ class Search:
             pruner=self._pruner,
             direction="minimize",
         )
+
+    def add(self, trials: Sequence[PlannedCell]) -> None:
+        """Trials that joined the sweep. They may widen a numeric axis; arms and seeds are those that were known."""
+        with self._lock:
+            self._cells |= {trial.fingerprint: trial for trial in trials}
+            for name, wider in distributions(list(self._cells.values())).items():
+                known = self._distributions[name]
+                if isinstance(known, FloatDistribution) and isinstance(wider, FloatDistribution):
+                    # Optuna takes another range for a parameter, but no other scale.
+                    self._distributions[name] = FloatDistribution(wider.low, wider.high, log=known.log)
 
     def ask(self, fingerprint: str, curve: Iterable[Record] = ()) -> None:
         """Begin a trial, or resume it after a retry: the same Optuna trial, judged anew on ``curve``.

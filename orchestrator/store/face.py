@@ -46,7 +46,7 @@ from orchestrator.sweep import UserError
 if TYPE_CHECKING:
     import pandas as pd
 
-    from orchestrator.plan import Confirmation, Plan
+    from orchestrator.plan import Confirmation, GrownRate, Plan, PlannedTrial
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -132,6 +132,14 @@ class Store:
     def choose(self, sweep_id: int, confirmation: Confirmation, lr: float) -> float:
         """Add an arm's confirming trials at ``lr``, or at the rate that the same trials chose before; returns it."""
         return self._write(submission.choose, sweep_id, confirmation, lr)
+
+    def grown_rates(self, sweep_id: int) -> list[GrownRate]:
+        """Learning rates that joined the sweep while it ran, in that order."""
+        return self._read(submission.grown_rates, sweep_id)
+
+    def grow(self, sweep_id: int, rate: GrownRate, trials: Sequence[PlannedTrial]) -> None:
+        """Add a learning rate with its trials; nothing when it is there."""
+        self._write(submission.grow, sweep_id, rate, trials)
 
     def sweeps(self) -> list[SweepRow]:
         return self._read(reader.sweeps)
@@ -370,6 +378,6 @@ class Store:
 
 
 def _add(connection: Connection, plan: Plan) -> Added:
-    added = submission.add_plan(connection, plan)
+    added = submission.add_plan(connection, plan.grown(submission.grown_rates_of(connection, plan.sweep.name)))
     ranking.reopen_pruned(connection, added.sweep_id, plan.sweep.model_dump(mode="json", include={"prune"}))
     return added

@@ -14,7 +14,7 @@ from orchestrator.store import schema
 from orchestrator.store.rows import Added
 
 if TYPE_CHECKING:
-    from orchestrator.plan import Confirmation, Plan, PlannedTrial
+    from orchestrator.plan import Confirmation, GrownRate, Plan, PlannedTrial
     from orchestrator.sweep import Sweep
 
 
@@ -57,6 +57,39 @@ def add_plan(connection: Connection, plan: Plan) -> Added:
     confirming = [trial for confirmation, lr in chosen for trial in confirmation.by_lr[lr]]
     _link(connection, sweep_id, [*plan.trials, *confirming])
     return Added(sweep_id=sweep_id, num_new=len(new), num_known=len(fingerprints) - len(new))
+
+
+def grown_rates(connection: Connection, sweep_id: int) -> list[GrownRate]:
+    """Kept in ``verdict`` under ``grown``, oldest first."""
+    from orchestrator.plan import GrownRate
+
+    verdict = connection.scalars(select(schema.sweep.c.verdict).where(schema.sweep.c.id == sweep_id)).one()
+    return [GrownRate(one["arm"], one["axes"], one["lr"]) for one in verdict.get("grown", ())]
+
+
+def grown_rates_of(connection: Connection, sweep_name: str) -> list[GrownRate]:
+    """The same by name; none of a sweep that is not known yet."""
+    sweep_id = connection.scalar(select(schema.sweep.c.id).where(schema.sweep.c.name == sweep_name))
+    return [] if sweep_id is None else grown_rates(connection, sweep_id)
+
+
+def grow(connection: Connection, sweep_id: int, rate: GrownRate, trials: Sequence[PlannedTrial]) -> None:
+    query = select(schema.sweep.c.verdict).where(schema.sweep.c.id == sweep_id).with_for_update()
+    verdict = connection.scalars(query).one()
+    now = {"arm": rate.arm, "axes": rate.axes, "lr": rate.lr}
+    if now in verdict.get("grown", ()):
+        return
+    rows = [_trial_values(planned) for planned in sorted(trials, key=lambda planned: planned.fingerprint)]
+    insert_missing(connection, schema.trial, rows)
+    for planned in trials:
+        row = _link_values(sweep_id, planned)
+        insert_missing(connection, schema.sweep_trial, [row])
+        link = schema.sweep_trial
+        here = (link.c.sweep_id == sweep_id, link.c.fingerprint == planned.fingerprint)
+        connection.execute(update(link).where(*here).values(**row))
+    verdict = {**verdict, "grown": [*verdict.get("grown", ()), now]}
+    connection.execute(update(schema.sweep).where(schema.sweep.c.id == sweep_id).values(verdict=verdict))
+    add_event(connection, sweep_id, "learning_rate_added", f"{rate.arm}: learning rate {rate.lr:g}")
 
 
 def choose(connection: Connection, sweep_id: int, confirmation: Confirmation, lr: float) -> float:

@@ -10,6 +10,7 @@ from orchestrator.sweep.fields import KnownField, check_value, config_fields
 from orchestrator.sweep.notices import NOTICE_KINDS, NoticeKind, NoticesConfig, WaveConfig, check_https
 from orchestrator.sweep.parsing import load, parse
 from orchestrator.sweep.pruning import DivergenceConfig, PruneConfig, RankConfig
+from orchestrator.sweep.rates import ExtendedRates, GrowingRates, SearchedRates, rounded_rate
 from orchestrator.sweep.settings import (
     CheckpointConfig,
     CountsAs,
@@ -32,7 +33,9 @@ __all__ = [
     "Derived",
     "DivergenceConfig",
     "DocumentPath",
+    "ExtendedRates",
     "FailureRule",
+    "GrowingRates",
     "KnownField",
     "MatchConfig",
     "NoticeKind",
@@ -43,6 +46,7 @@ __all__ = [
     "RankConfig",
     "ResourcesConfig",
     "RetryConfig",
+    "SearchedRates",
     "Sweep",
     "UserError",
     "VerdictConfig",
@@ -57,4 +61,5 @@ __all__ = [
     "load",
     "parse",
     "refuse_extensions",
+    "rounded_rate",
 ]

@@ -15,22 +15,23 @@ from orchestrator.sweep.fields import (
     is_derived,
     unknown_key,
 )
+from orchestrator.sweep.rates import GrowingRates, are_rates, check_rates
 from orchestrator.sweep.settings import Derived
 from orchestrator.sweep.wording import describe, nearest
 
 Values = tuple[Any, ...]
 
 
-def read_axes(node: object, problems: Problems) -> dict[str, Values | Derived]:
+def read_axes(node: object, problems: Problems) -> dict[str, Values | Derived | GrowingRates]:
     """``{train.lr: [1e-3, 4e-3], train.tokens: {of: train.batch_tokens, times: 40}}``."""
-    axes: dict[str, Values | Derived] = {}
+    axes: dict[str, Values | Derived | GrowingRates] = {}
     for name, value, path in _entries(node, ("axes",), problems):
         known = _known_axis(name, path, problems)
         if known is None:
             continue
-        if is_derived(value):
+        if is_derived(value) or are_rates(value):
             try:
-                axes[name] = check_derived(known, value)
+                axes[name] = check_rates(name, value) if are_rates(value) else check_derived(known, value)
             except ValueError as error:
                 problems.add(path, str(error))
         else:

@@ -22,6 +22,7 @@ from orchestrator.sweep.fields import check_section, check_value, config_section
 from orchestrator.sweep.grammar import read_axes, read_exclude, read_rows, read_zip, refuse_double_settings
 from orchestrator.sweep.override import apply_override
 from orchestrator.sweep.pruning import PruneConfig
+from orchestrator.sweep.rates import ExtendedRates, SearchedRates
 from orchestrator.sweep.settings import ArmName, ResourcesConfig, Seed, Settings, Sweep, VerdictConfig
 from orchestrator.sweep.wording import describe, nearest
 
@@ -65,6 +66,7 @@ def parse(text: str, path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
     values["arms"] = _with_controls(values)
     values["extra_baseline_seeds"] = _extra_baseline_seeds(values, problems)
     _refuse_ranks_in_vain(values, problems)
+    _refuse_beside_growing_rates(values, problems)
     problems.raise_if_any()
     sweep = Sweep(**values, text=text, overrides=tuple(overrides), path=os.path.abspath(path))
     sweep._places = places
@@ -241,6 +243,25 @@ def _refuse_ranks_in_vain(values: dict[str, Any], problems: Problems) -> None:
     if rank.seeds[-1] > len(values["seeds"]):
         said = f"got {rank.seeds[-1]}; allowed: at most the {len(values['seeds'])} that a cell has"
         problems.add(("prune", "rank", "seeds"), said)
+
+
+def _refuse_beside_growing_rates(values: dict[str, Any], problems: Problems) -> None:
+    """Rates that are not known yet can't be excluded, ranked at one place, or be the source of another value."""
+    if not isinstance(values["axes"].get("train.lr"), SearchedRates | ExtendedRates):
+        return
+    grows = "learning rates are searched or extended"
+    if values.get("prune", PruneConfig()).rank is not None:
+        said = f"{grows} one after the other, and ranks need them side by side; allowed: null"
+        problems.add(("prune", "rank"), said, on_key=True)
+    for index, row in enumerate(values["rows"]):
+        if "train.lr" in row:
+            problems.add(("rows", index, "train.lr"), f"{grows}; allowed: rows without them", on_key=True)
+    for index, entry in enumerate(values["exclude"]):
+        if "train.lr" in entry:
+            problems.add(("exclude", index, "train.lr"), f"{grows}; allowed: the other axes", on_key=True)
+    sources = [values["base"], *values["arms"].values(), values["axes"]]
+    if any("of='train.lr'" in repr(source) for source in sources):
+        problems.add(("axes", "train.lr"), "another value is a multiple of it; allowed then: a list of rates")
 
 
 def _nearest_file(path: Path) -> str:

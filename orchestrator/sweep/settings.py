@@ -16,6 +16,7 @@ from orchestrator.sweep.budget import BudgetConfig
 from orchestrator.sweep.document import Places
 from orchestrator.sweep.notices import NoticesConfig
 from orchestrator.sweep.pruning import PruneConfig
+from orchestrator.sweep.rates import ExtendedRates, GrowingRates, SearchedRates
 
 
 def _as_tuple(value: Any) -> Any:
@@ -230,7 +231,7 @@ class Sweep(Settings):
     base: dict[str, Any]
     baseline: str
     arms: dict[str, dict[str, Any]]
-    axes: dict[str, tuple[Any, ...] | Derived] = Field(default_factory=dict)
+    axes: dict[str, tuple[Any, ...] | Derived | SearchedRates | ExtendedRates] = Field(default_factory=dict)
     zip: tuple[dict[str, tuple[Any, ...]], ...] = ()
     rows: tuple[dict[str, Any], ...] = ()
     exclude: tuple[dict[str, Any], ...] = ()
@@ -252,6 +253,12 @@ class Sweep(Settings):
     def places(self) -> Places:
         """Where the values stand in the file; only a sweep that was read from one knows."""
         return self._places
+
+    @property
+    def growing_rates(self) -> GrowingRates | None:
+        """How learning rates join the grid while the sweep runs; None: all of them are written in the file."""
+        axis = self.axes.get("train.lr")
+        return axis if isinstance(axis, SearchedRates | ExtendedRates) else None
 
     @property
     def axis_names(self) -> tuple[str, ...]:
