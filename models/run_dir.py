@@ -159,7 +159,7 @@ class Summary(_Line):
     backend: Literal["local", "transformer_engine"] | None = None
     """What was taken; None: the attempt did not come so far."""
     error: str | None = None
-    """Exception class and message, for outcome ``error``."""
+    """Exception class and message, for outcome ``error``; for ``stopped``, why a gang stopped by itself."""
 
 
 def trial_dir(home: Path, fingerprint: str) -> Path:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
+import secrets
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from models.config import TrialConfig
 from models.run_dir import AttemptSpec, DiagnosticRecord, Record, StepRecord, Summary, ValidationRecord
 from orchestrator.controller import Controller
 from orchestrator.controller.clock import Clock
-from orchestrator.gang import GangEnd, GangShape, GangState
+from orchestrator.gang import GangEnd, GangShape, GangState, Wanted
 from orchestrator.plan import Plan
 from orchestrator.store import Store
 
@@ -72,7 +73,11 @@ class FakeGang:
         self.shape, self.fate, self.start_error = shape, fate, start_error
         self.state = GangState.STARTING
         self.members = [{"host": host, "pid": 1}]
+        self.spec: AttemptSpec = None  # type: ignore[assignment]
+        self.lease: Any = None
         self.stop_token: str | None = None
+        self.gang_id, self.is_detached = secrets.token_hex(4), False
+        self.end: GangEnd | None = None
         self.is_hung = False
         self.landing: FakeLanding | None = None
         self.refused_checkpoint: str | None = None
@@ -86,7 +91,7 @@ class FakeGang:
         assert self.state is GangState.IDLE
         self.spec, self.state, self.step = spec, GangState.BUSY, spec.resume_step
         self.config = run_dir.read_trial_config(Path(spec.trial_dir))
-        self.refused_checkpoint = None
+        self.refused_checkpoint = self.end = None
         if spec.resume_checkpoint is not None and (Path(spec.resume_checkpoint) / "torn").exists():
             self.refused_checkpoint = spec.resume_checkpoint
         elif spec.resume_checkpoint is not None:
@@ -108,11 +113,29 @@ class FakeGang:
             return GangEnd(None, "process 1 of a rank died: it was dismissed", rank_died=True)
         if self.refused_checkpoint:
             return GangEnd(None, f"CheckpointError: {self.refused_checkpoint} is torn")
-        for _ in range(0 if self.is_hung else STEPS_A_POLL):
-            end = self._one_step()
-            if end is not None:
-                return end
-        return None
+        for _ in range(0 if self.is_hung or self.end else STEPS_A_POLL):
+            self.end = self._one_step()
+            if self.end is not None:
+                break
+        if self.end is not None and self.end.summary is not None and self.end.landing is None:
+            self.state = GangState.IDLE
+        return self.end
+
+    def renew(self, lease: Any = None) -> None:
+        self.lease = lease or self.lease
+
+    def train_on(self, num_polls: int) -> None:
+        """What an orphan does while no controller looks."""
+        for _ in range(num_polls):
+            if self.state is GangState.BUSY and self.end is None:
+                self.poll_end()
+
+    def give_up(self) -> None:
+        """The grace is over: it checkpoints, and ends itself."""
+        if self.state is GangState.BUSY and self.end is None:
+            self.save()
+            self._ended("stopped", "no controller was heard of for 600 s")
+        self.dismiss()
 
     def free(self) -> None:
         self.state = GangState.IDLE
@@ -171,9 +194,10 @@ class FakeGang:
             stream.write(run_dir.record_line(record))
 
     def _ended(self, outcome: str, error: str | None = None) -> GangEnd:
-        self.state = GangState.IDLE
         facts = {"outcome": outcome, "step": self.step, "resume_step": self.spec.resume_step, "error": error}
-        return GangEnd(Summary.model_validate({**facts, "seconds": 1.0, "tokens_per_second": 100.0}))
+        summary = Summary.model_validate({**facts, "seconds": 1.0, "tokens_per_second": 100.0})
+        run_dir.write_json(self.spec.attempt_dir / "summary.json", summary)
+        return GangEnd(summary)
 
 
 def fake_loss(config: TrialConfig, step: int) -> float:
@@ -241,7 +265,10 @@ class FakeClock(Clock):
 
 
 class FakeCluster:
-    """With ``hosts``, one gang a host, the first free one first; else all gangs are on one host."""
+    """With ``hosts``, one gang a host, the first free one first; else all gangs are on one host.
+
+    ``outlives_driver``: gangs are detached, and can be found again.
+    """
 
     def __init__(
         self,
@@ -249,18 +276,43 @@ class FakeCluster:
         fate: FateAt = all_goes_well,
         start_error: str | None = None,
         hosts: Sequence[str] = (),
+        outlives_driver: bool = False,
     ) -> None:
+        self.outlives_driver, self.reachable = outlives_driver, True
         self.num_gangs, self.fate, self.start_error, self.hosts = capacity, fate, start_error, hosts
         self.gangs: list[FakeGang] = []
 
     def capacity(self, shape: GangShape, excluded_nodes: Collection[str] = ()) -> int:
         return len(set(self.hosts) - set(excluded_nodes)) if self.hosts else self.num_gangs
 
-    def start_gang(self, shape: GangShape, num_threads: int, excluded_nodes: Collection[str] = ()) -> FakeGang:
+    def start_gang(
+        self, shape: GangShape, num_threads: int, excluded_nodes: Collection[str] = (), lease: Any = None
+    ) -> FakeGang:
         taken = {gang.members[0]["host"] for gang in self.gangs if gang.state is not GangState.DEAD}
         free = [host for host in self.hosts if host not in taken and host not in excluded_nodes]
         self.gangs.append(FakeGang(shape, self.fate, self.start_error, free[0] if self.hosts else "fake-host"))
+        self.gangs[-1].lease, self.gangs[-1].is_detached = lease, self.outlives_driver
         return self.gangs[-1]
+
+    def find_gangs(self, wanted: Sequence[Wanted]) -> list[FakeGang | str]:
+        return [self._find(one) for one in wanted]
+
+    def _find(self, wanted: Wanted) -> FakeGang | str:
+        for gang in self.gangs:
+            if gang.gang_id == wanted.gang_id and gang.state is not GangState.DEAD:
+                if gang.spec is None or gang.spec.token != wanted.token:
+                    return "its gang is at another one, or at none"
+                gang.state = GangState.BUSY
+                return gang
+        return "its gang is gone"
+
+    def end_gangs(self, gang_ids: Collection[str]) -> None:
+        for gang in self.gangs:
+            if gang.gang_id in gang_ids:
+                gang.dismiss()
+
+    def is_reachable(self) -> bool:
+        return self.reachable
 
 
 @dataclass

@@ -164,7 +164,8 @@ def test_an_attempt_whose_controller_was_lost_is_charged_until_then_and_not_unti
         back_date(store, "lease", "left_at", left)
     else:
         back_date(store, "lease", "expires_at", left)
-    assert store.take_over(store.acquire_lease(run.sweep_id, "host-b:2", 60)) == [run.fingerprint]
+    heir = store.acquire_lease(run.sweep_id, "host-b:2", 60)
+    assert store.free(heir, store.orphans(heir)) == [run.fingerprint]
     assert store.attempts(run.fingerprint)[0].held_seconds == pytest.approx(600.0)
 
 

@@ -352,8 +352,8 @@ def test_a_stop_that_comes_when_all_is_done_stops_nothing(bench: Bench, plan: Pl
 class _Deaf(FakeCluster):
     """Gangs that do not hear that they are to stop, and do not end."""
 
-    def start_gang(self, shape: Any, num_threads: int, excluded_nodes: Any = ()) -> Any:
-        gang = super().start_gang(shape, num_threads, excluded_nodes)
+    def start_gang(self, *given: Any) -> Any:
+        gang = super().start_gang(*given)
         gang.stop = lambda token: None  # type: ignore[method-assign]
         original = gang.poll_end
         gang.poll_end = lambda: original() if gang.step < 8 else None  # type: ignore[method-assign]

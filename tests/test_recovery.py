@@ -26,7 +26,7 @@ from sweep_runs import NoMirror, Watcher, cluster, curve_numbers, plan_of, wait_
 from models import run_dir
 from orchestrator.controller import Controller
 from orchestrator.controller.resume import attempt_dir
-from orchestrator.gang import Cluster, Gang, GangShape
+from orchestrator.gang import Cluster, GangShape
 from orchestrator.plan import Plan
 from orchestrator.store import Store, TrialRow
 
@@ -59,8 +59,8 @@ class OneGang:
     def capacity(self, shape: GangShape, excluded_nodes: Collection[str] = ()) -> int:
         return min(1, self._cluster.capacity(shape, excluded_nodes))
 
-    def start_gang(self, shape: GangShape, num_threads: int, excluded_nodes: Collection[str] = ()) -> Gang:
-        return self._cluster.start_gang(shape, num_threads, excluded_nodes)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cluster, name)
 
 
 class Home:

@@ -165,14 +165,16 @@ def test_an_expired_lease_is_taken_over_and_its_old_holder_fenced(run: Run) -> N
         lambda: run.start(fingerprint=waiting),
         lambda: run.store.renew_lease(run.lease, 60),
         lambda: run.store.release_lease(run.lease),
-        lambda: run.store.take_over(run.lease),
-        lambda: run.store.adopt_orphans(run.lease),
+        lambda: run.store.orphans(run.lease),
+        lambda: run.store.adopt(run.lease, attempt, "adopted"),
+        lambda: run.store.free(run.lease, [attempt]),
     ]
     for write in writes:
         with pytest.raises(LeaseLost, match="was lost"):
             write()
     assert [row.step for row in run.store.curve(run.fingerprint).steps] == [1]
-    assert run.store.take_over(new) == [run.fingerprint]
+    assert run.store.orphans(new) == [attempt]
+    assert run.store.free(new, [attempt]) == [run.fingerprint]
     assert run.trial().state == "WAITING"
     (closed,) = run.store.attempts(run.fingerprint)
     assert (closed.cause, closed.ended_at is not None, closed.seconds) == ("controller_lost", True, None)
@@ -180,7 +182,7 @@ def test_an_expired_lease_is_taken_over_and_its_old_holder_fenced(run: Run) -> N
 
 def test_recovery_may_record_what_a_lost_attempt_had_written(run: Run) -> None:
     attempt = run.start()
-    run.store.take_over(run.lease)
+    run.store.free(run.lease, [attempt])
     run.store.record(run.lease, attempt, steps(1, 5))
     assert len(run.store.curve(run.fingerprint).steps) == 5
 
@@ -188,15 +190,52 @@ def test_recovery_may_record_what_a_lost_attempt_had_written(run: Run) -> None:
 def test_a_trial_that_another_sweep_runs_is_not_taken(run: Run) -> None:
     other_id = run.store.add(a_plan(name="second")).sweep_id
     other = run.store.acquire_lease(other_id, "host-b:2", 60)
-    run.start()
+    attempt = run.start()
     with pytest.raises(TrialTaken, match="is RUNNING; only a WAITING trial"):
         run.store.start_attempt(other, run.fingerprint, layout=Layout(), provenance={})
-    assert run.store.take_over(other) == []
-    assert run.store.adopt_orphans(other) == []
+    assert run.store.orphans(other) == []
+    with pytest.raises(TrialTaken, match="its sweep has a controller again"):
+        run.store.adopt(other, attempt, "adopted")
+    assert run.store.free(other, [attempt]) == []
     run.store.renew_lease(run.lease, -1)
-    assert run.store.take_over(other) == []
-    assert run.store.adopt_orphans(other) == [run.fingerprint]
+    assert run.store.orphans(other) == [attempt]
+    assert run.store.free(other, [attempt]) == [run.fingerprint]
     assert run.trial().state == "WAITING"
+    assert run.store.free(other, [attempt]) == []
+
+
+def test_an_adopted_attempt_goes_on_and_ends_under_the_new_lease(run: Run) -> None:
+    attempt = run.start()
+    run.store.record(run.lease, attempt, steps(1, 3))
+    run.store.renew_lease(run.lease, -1)
+    heir = run.store.acquire_lease(run.sweep_id, "host-b:2", 60)
+    adopted = run.store.adopt(heir, attempt, "gang abcd goes on")
+    assert adopted == attempt
+    run.store.record(heir, adopted, steps(1, 5))
+    run.store.end_attempt(heir, adopted, state="COMPLETE", cause="complete", reason="all 5 steps")
+    assert [row.step for row in run.store.curve(run.fingerprint).steps] == [1, 2, 3, 4, 5]
+    assert (run.trial().state, run.trial().num_attempts) == ("COMPLETE", 1)
+    told = [(event.kind, event.message, event.attempt) for event in run.store.events(run.sweep_id)]
+    assert ("adopted", "gang abcd goes on", 1) in told
+    assert run.store.orphans(heir) == []
+    with pytest.raises(TrialTaken, match="has ended"):
+        run.store.adopt(heir, attempt, "again")
+
+
+def test_a_shared_attempt_moves_to_the_sweep_that_adopts_it_and_is_no_orphan_of_the_first(run: Run) -> None:
+    other_id = run.store.add(a_plan(name="second")).sweep_id
+    other = run.store.acquire_lease(other_id, "host-b:2", 60)
+    attempt = run.start()
+    run.store.renew_lease(run.lease, -1)
+    adopted = run.store.adopt(other, attempt, "gang abcd goes on")
+    assert (adopted.sweep_id, adopted.number) == (other_id, 1)
+    heir = run.store.acquire_lease(run.sweep_id, "host-c:3", 60)
+    assert run.store.orphans(heir) == []
+    with pytest.raises(TrialTaken, match="another sweep has adopted it"):
+        run.store.adopt(heir, attempt, "too late")
+    assert run.store.free(heir, [attempt]) == []
+    run.store.end_attempt(other, adopted, state="COMPLETE", cause="complete", reason="all")
+    assert run.trial().state == "COMPLETE"
 
 
 # Attempts
@@ -265,7 +304,8 @@ def test_finished_is_final(run: Run, state: str) -> None:
         run.start()
     assert run.store.reopen(run.sweep_id, [run.fingerprint]) == 0
     assert run.store.cancel(run.sweep_id, [run.fingerprint]) == 0
-    assert run.store.take_over(run.lease) == []
+    assert run.store.orphans(run.lease) == []
+    assert run.store.free(run.lease, [attempt]) == []
     assert (run.trial().state, run.trial().end_step) == (state, 7)
 
 

@@ -8,7 +8,7 @@ from orchestrator.controller.running import RunningAttempt
 from orchestrator.controller.sweep_run import SweepRun
 from orchestrator.failures import DISK_FULL, DISK_READ_ONLY, HANG, PREEMPTED, Consequence, Ending, consequence
 from orchestrator.gang import GangEnd
-from orchestrator.store import FinishedIsFinal, TrialRow
+from orchestrator.store import CONTROLLER_LOST, FinishedIsFinal, TrialRow
 
 
 def end_attempt(run: SweepRun, attempt: RunningAttempt, end: GangEnd) -> None:
@@ -26,11 +26,10 @@ def end_attempt(run: SweepRun, attempt: RunningAttempt, end: GangEnd) -> None:
             end_step=result.end_step,
             summary=end.summary,
             log_tail=log_tail,
+            held_seconds=end.held_seconds,
         )
     except FinishedIsFinal as taken:
-        # This controller slept past its lease, and another sweep that shares the trial has taken it over.
-        if not _is_at_another(run, attempt):
-            run.pool.lose(attempt.gang, f"{attempt.name} is no longer ours: {taken}")
+        _let_go(run, attempt, taken)
         return
     run.trials.not_before[attempt.trial.fingerprint] = run.clock.monotonic() + result.delay_seconds
     if result.cause in (DISK_FULL, DISK_READ_ONLY):
@@ -46,6 +45,15 @@ def end_attempt(run: SweepRun, attempt: RunningAttempt, end: GangEnd) -> None:
 
 def _is_at_another(run: SweepRun, attempt: RunningAttempt) -> bool:
     return any(other.gang is attempt.gang for other in run.running)
+
+
+def _let_go(run: SweepRun, attempt: RunningAttempt, taken: FinishedIsFinal) -> None:
+    """This controller slept past its lease, and another sweep that shares the trial has taken it over."""
+    rows = run.store.attempts(attempt.trial.fingerprint)
+    if any(row.token == attempt.row.token and row.sweep_id != run.sweep_id for row in rows):
+        run.pool.forget(attempt.gang)  # with its gang
+    elif not _is_at_another(run, attempt):
+        run.pool.lose(attempt.gang, f"{attempt.name} is no longer ours: {taken}")
 
 
 def _consequence(run: SweepRun, attempt: RunningAttempt, end: GangEnd, log_tail: str) -> Consequence:
@@ -77,5 +85,7 @@ def _judge_gang(run: SweepRun, attempt: RunningAttempt, end: GangEnd, result: Co
     if end.summary is None:
         run.pool.blame(attempt.gang, end.rank, result.host_faults, result.cause)
         run.pool.lose(attempt.gang, f"gang dismissed, after attempt {attempt.row.number} of {attempt.name}")
+    elif result.cause == CONTROLLER_LOST:
+        run.pool.lose(attempt.gang, f"gang dismissed: {result.reason}")
     elif result.cause == PREEMPTED:
         run.pool.lose(attempt.gang, f"gang dismissed: its host is being taken away ({result.reason})")

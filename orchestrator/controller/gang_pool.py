@@ -11,7 +11,7 @@ from typing import Any
 
 from orchestrator.controller.snapshot import View
 from orchestrator.failures import EXCLUDED_AT
-from orchestrator.gang import Cluster, Gang, GangShape, GangState
+from orchestrator.gang import Cluster, Gang, GangShape, GangState, LeaseFile
 from orchestrator.store import HOST_EXCLUDED, Store
 from orchestrator.sweep import UserError
 
@@ -24,6 +24,8 @@ class GangPool:
     def __init__(self, cluster: Cluster, shape: GangShape, store: Store, sweep_id: int, view: View) -> None:
         self.cluster, self.shape, self.store, self.sweep_id, self.view = cluster, shape, store, sweep_id, view
         self.gangs: list[Gang] = []
+        self.lease_file: LeaseFile | None = None
+        """Where gangs that outlive this controller look for it."""
         self.failed_starts = 0
         self.faults: Counter[str] = Counter()
         events = [event for event in store.events(sweep_id) if event.kind == HOST_EXCLUDED]
@@ -54,15 +56,24 @@ class GangPool:
                     raise UserError(f"no gang could be started, {self.failed_starts} in a row; the last: {error}")
             elif gang.state is GangState.IDLE:
                 self.failed_starts = 0
+        for gang in [gang for gang in self.idle() if gang.shape != self.shape and not gang.is_landing]:
+            self.lose(gang, f"gang dismissed: it was adopted, and the sweep asks for {self.shape} now")
         for gang in [gang for gang in self.idle() if not gang.is_landing][: max(0, len(self.gangs) - most)]:
             self.lose(gang, f"gang dismissed: the caps allow {most}")
         while len(self.gangs) < min(wanted, most):
             num_threads = max(1, int(self.shape.cpus_per_rank))
-            self.gangs.append(self.cluster.start_gang(self.shape, num_threads, frozenset(self.excluded)))
+            lease = self.lease_file.lease if self.lease_file else None
+            self.gangs.append(self.cluster.start_gang(self.shape, num_threads, frozenset(self.excluded), lease))
+
+    def keep_lease(self) -> None:
+        """Show the gangs that this controller lives: by its file, and by Ray when that can't be written."""
+        if self.lease_file and not self.lease_file.keep([gang.gang_id for gang in self.gangs]):
+            for gang in self.gangs:
+                gang.renew()
 
     def lose(self, gang: Gang, reason: str) -> None:
         if gang not in self.gangs:
-            return
+            return  # it was gone already, or before its attempt was adopted
         self.view.tell(reason)
         self.store.add_event(self.sweep_id, "gang_lost", reason)
         gang.dismiss()
@@ -92,6 +103,10 @@ class GangPool:
             if any(_place(member)[1] == node for member in other.members):
                 self.lose(other, f"gang dismissed: it is on the excluded host {host}")
 
+    def forget(self, gang: Gang) -> None:
+        """Another controller has adopted it."""
+        self.gangs = [one for one in self.gangs if one is not gang]
+
     def _capacity_without(self, nodes: set[str]) -> int:
         try:
             return self.cluster.capacity(self.shape, frozenset(nodes))
@@ -101,6 +116,8 @@ class GangPool:
     def dismiss_all(self) -> None:
         for gang in self.gangs:
             gang.dismiss()
+        if self.lease_file:
+            self.lease_file.remove()
 
 
 def _place(member: dict[str, Any]) -> tuple[str, str]:

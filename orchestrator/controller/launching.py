@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from models import run_dir
 from models.run_dir import AttemptSpec
+from orchestrator.controller.adoption import gang_facts
 from orchestrator.controller.provenance import data_hashes, provenance
 from orchestrator.controller.resume import ResumePoint, curve_until, recover_records, resume_point
 from orchestrator.controller.running import RunningAttempt, trial_name
@@ -25,7 +26,7 @@ def launch(run: SweepRun, gang: Gang, trial: TrialRow) -> tuple[RunningAttempt, 
             run.lease,
             trial.fingerprint,
             layout=gang.shape.layout,
-            provenance={**provenance(), **data_hashes(trial.config)},
+            provenance={**provenance(), **data_hashes(trial.config), **gang_facts(gang)},
             resume_step=resume.step,
             resumed_from=resume.attempt,
             cpus=gang.shape.cpus_per_rank * gang.shape.layout.world_size,

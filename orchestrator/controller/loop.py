@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from orchestrator.controller.adoption import adopt_orphans, new_lease_file, take_over
 from orchestrator.controller.announcing import Announcer
 from orchestrator.controller.budget import BudgetWatch
 from orchestrator.controller.clock import Clock
@@ -23,7 +24,7 @@ from orchestrator.controller.lease_holder import acquire_lease
 from orchestrator.controller.orders import Orders
 from orchestrator.controller.outage import OutageWatch
 from orchestrator.controller.pruning import RankPruning
-from orchestrator.controller.running import RunningAttempt, eta_seconds, trial_name
+from orchestrator.controller.running import RunningAttempt, eta_seconds
 from orchestrator.controller.selection import choose_rates
 from orchestrator.controller.snapshot import Snapshot, View
 from orchestrator.controller.stopping import Stopping
@@ -116,38 +117,35 @@ class Controller:
         self.outage.meanwhile = self._while_the_store_is_away
         self.lease_renewed = self.started = self.clock.monotonic()
         self.budget = BudgetWatch(self.store, self.sweep_id, self.sweep.budget, self.orders, self.started)
-        left = self.store.take_over(self.lease)
-        self.store.cancel(self.sweep_id, self.orders.left_to_cancel(left))
-        self._tell_left(left)
-        self._tell_left(self.store.adopt_orphans(self.lease))
+        self.pool.lease_file = new_lease_file(self.sweep_run)
+        take_over(self.sweep_run, self.orders)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.pool.dismiss_all()
-        if kind is None or issubclass(kind, SweepStopped | UserError):
+        is_clean = kind is None or issubclass(kind, SweepStopped | UserError)
+        if is_clean or not self.pool.lease_file:
+            self.pool.dismiss_all()
+        # Otherwise the gangs train on: they belong to whoever took the sweep over, or takes it over next.
+        if is_clean:
             self.store.release_lease(self.lease)
 
     def _keep_lease(self) -> None:
+        self.pool.keep_lease()
         if self.clock.monotonic() - self.lease_renewed > LEASE_SECONDS / 5:
             self.store.renew_lease(self.lease, LEASE_SECONDS)
             self.lease_renewed = self.clock.monotonic()
             # A trial that another sweep shares and ran would be waited for in vain once its controller is gone.
-            self._tell_left(self.store.adopt_orphans(self.lease))
+            adopt_orphans(self.sweep_run, self.orders)
 
     def _while_the_store_is_away(self) -> None:
-        """What needs no store: the gangs are heard, so that none of them seems to hang afterwards."""
+        """What needs no store: the gangs are heard, so that none of them seems to hang afterwards, and hear of us."""
+        self.pool.keep_lease()
         for attempt in self.running:
             if (progress := attempt.gang.progress()) is not None:
                 attempt.note(progress, self.clock.monotonic())
         self.view.tick(self._snapshot())
-
-    def _tell_left(self, fingerprints: list[str]) -> None:
-        self._refresh(now=bool(fingerprints))
-        for trial in self.trials.rows:
-            if trial.fingerprint in fingerprints and trial.state == "WAITING":
-                self.view.tell(f"resuming  {trial_name(trial)}: its controller is gone")
 
     # -- the loop -------------------------------------------------------------------------------------------
 

@@ -24,7 +24,7 @@ from orchestrator.failures.causes import (
     counted_as,
     diagnose,
 )
-from orchestrator.store import AttemptRow
+from orchestrator.store import CONTROLLER_LOST, AttemptRow
 from orchestrator.sweep import RetryConfig
 
 LONGEST_BACKOFF_SECONDS = 300.0
@@ -87,6 +87,8 @@ def consequence(ending: Ending, earlier: Sequence[AttemptRow], retry: RetryConfi
         return Consequence("CANCELED", "canceled", wish.reason)
     if wish is not None and wish.kind != HANG:
         return Consequence("WAITING", wish.kind, wish.reason)
+    if summary is not None and summary.outcome == "stopped" and summary.error:
+        return Consequence("WAITING", CONTROLLER_LOST, f"{summary.error}; checkpointed at step {summary.step}")
     if summary is not None and summary.outcome == "stopped":
         return Consequence("WAITING", PREEMPTED, f"SIGTERM came; checkpointed at step {summary.step}")
     return _charged(ending, earlier, retry)

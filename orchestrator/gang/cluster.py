@@ -16,12 +16,15 @@ from typing import Any, Self
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from orchestrator.gang import detached
 from orchestrator.gang.ending import RankError, words
 from orchestrator.gang.gangs import Gang, GangShape
+from orchestrator.gang.lease_file import GangLease
 from orchestrator.gang.ranks import source_hash
 from orchestrator.sweep import UserError
 
 CONNECT_SECONDS = 10.0
+ANSWER_SECONDS = 2.0
 NODE_SECONDS = 600.0
 
 
@@ -59,6 +62,9 @@ class Cluster:
             raise UserError(f"Ray did not start here, try again: {type(error).__name__}: {error}") from error
         self._meetings = None if address else tempfile.TemporaryDirectory(prefix="gatesweep-meetings-")
         _hush()
+        self.outlives_driver = address is not None
+        """A local Ray dies with its driver, kill -9 included, and its gangs with it."""
+        self._head = _head_address()
         self._driver_hash = source_hash()
 
     def __enter__(self) -> Self:
@@ -89,9 +95,35 @@ class Cluster:
             )
         return ranks // shape.layout.world_size
 
-    def start_gang(self, shape: GangShape, num_threads: int, excluded_nodes: Collection[str] = ()) -> Gang:
+    def start_gang(
+        self,
+        shape: GangShape,
+        num_threads: int,
+        excluded_nodes: Collection[str] = (),
+        lease: GangLease | None = None,
+    ) -> Gang:
+        """With a lease, on a cluster that outlives this driver, the gang does so, too, until the lease is over."""
         meetings = None if self._meetings is None else Path(self._meetings.name)
-        return Gang(shape, num_threads, self._driver_hash, excluded_nodes, meetings)
+        lasting = lease if self.outlives_driver else None
+        return Gang(shape, num_threads, self._driver_hash, excluded_nodes, meetings, lasting)
+
+    def find_gangs(self, wanted: Sequence[detached.Wanted]) -> list[Gang | str]:
+        """Gangs that an earlier driver left: for each the gang, which goes on, or why it can't be adopted."""
+        return detached.find(wanted, self._driver_hash)
+
+    def end_gangs(self, gang_ids: Collection[str]) -> None:
+        """Gangs that an earlier driver left, and that nobody wants."""
+        detached.end(gang_ids)
+
+    def is_reachable(self) -> bool:
+        """Whether Ray's head answers. When it does not, Ray ends this process after a minute."""
+        if self._head is None:
+            return True
+        try:
+            socket.create_connection(self._head, timeout=ANSWER_SECONDS).close()
+        except OSError:
+            return False
+        return True
 
     def nodes(self) -> list[Node]:
         """The living ones."""
@@ -112,6 +144,12 @@ class Cluster:
             except Exception as error:
                 answers.append(RankError(words(error)))
         return answers
+
+
+def _head_address() -> tuple[str, int] | None:
+    """Of the server that keeps the cluster's state; None when it is not told (over Ray's client)."""
+    host, _, port = str(ray.get_runtime_context().gcs_address or "").rpartition(":")
+    return (host.strip("[]"), int(port)) if host and port.isdigit() else None
 
 
 def _refuse_unreachable(address: str) -> None:

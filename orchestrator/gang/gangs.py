@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import enum
+import secrets
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-from uuid import uuid4
+from typing import Any, Self
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
@@ -18,6 +18,8 @@ from models import trust
 from models.config import Layout
 from models.run_dir import AttemptSpec, Summary
 from orchestrator.gang.ending import RAISED, blame, death, exit_code, words
+from orchestrator.gang.lease_file import GangLease
+from orchestrator.gang.orphan import group_name, rank_name
 from orchestrator.gang.ranks import RankActor
 
 STACKS_SECONDS = 10.0
@@ -69,6 +71,8 @@ class GangEnd:
     """Of a rank that ended its process by itself."""
     landing: Landing | None = None
     """Of an attempt that is complete but for its last checkpoint; the gang can be set ``free`` for the next one."""
+    held_seconds: float | None = None
+    """How long the attempt held its hosts, where that is known better than by when its end was seen."""
 
 
 class Landing:
@@ -96,20 +100,50 @@ class Gang:
         driver_hash: str,
         excluded_nodes: Collection[str] = (),
         meetings: Path | None = None,
+        lease: GangLease | None = None,
     ) -> None:
-        """``meetings``: a folder for ranks that are all on this host; torch's store listens on every interface."""
-        self.shape, self.state = shape, GangState.STARTING
-        layout = shape.layout
+        """``meetings``: a folder for ranks that are all on this host; torch's store listens on every interface.
+
+        With a lease the gang outlives this process, until the lease is over; without, it dies with it.
+        """
+        layout, gang_id = shape.layout, secrets.token_hex(4)
         elsewhere = {"ray.io/node-id": f"!in({','.join(sorted(excluded_nodes))})"} if excluded_nodes else {}
         # Tensor-parallel ranks talk at every layer: a gang that can be on one node is.
-        self._group: PlacementGroup = placement_group(
+        group = placement_group(
             [shape.bundle] * layout.world_size,
             strategy="PACK",
+            name=group_name(gang_id),
+            lifetime="detached" if lease else None,
             bundle_label_selector=[elsewhere] * layout.world_size if elsewhere else None,
         )
-        self._ranks = [self._rank(rank, num_threads) for rank in range(layout.world_size)]
-        meeting: Any = self._ranks[0].rendezvous.remote() if meetings is None else f"file://{meetings}/{uuid4().hex}"
+        self._hold(shape, gang_id, group, GangState.STARTING)
+        self.is_detached = lease is not None
+        self._ranks = [self._rank(rank, num_threads, lease) for rank in range(layout.world_size)]
+        meeting: Any = self._ranks[0].rendezvous.remote() if meetings is None else f"file://{meetings}/{gang_id}"
         self._joins = [rank.join.remote(meeting, driver_hash, trust.read_key()) for rank in self._ranks]
+
+    @classmethod
+    def adopted(
+        cls,
+        shape: GangShape,
+        gang_id: str,
+        group: PlacementGroup,
+        ranks: Sequence[Any],
+        members: Sequence[dict[str, Any]],
+        token: str,
+    ) -> Self:
+        """A gang that another process started, which runs attempt ``token``, or ran it last."""
+        gang = cls.__new__(cls)
+        gang._hold(shape, gang_id, group, GangState.BUSY)
+        gang.is_detached = True
+        gang._ranks, gang._joins = list(ranks), []
+        gang.members, gang.num_attempts = list(members), 1
+        gang._token = token
+        gang._trains = [rank.follow.options(concurrency_group="follow").remote(token) for rank in ranks]
+        return gang
+
+    def _hold(self, shape: GangShape, gang_id: str, group: PlacementGroup, state: GangState) -> None:
+        self.shape, self.gang_id, self._group, self.state = shape, gang_id, group, state
         self._trains: list[Any] = []
         self._progress: Any = None
         self._token = ""
@@ -119,8 +153,10 @@ class Gang:
         """Host, pid and Ray's node_id of every rank, once it is up."""
         self.num_attempts = 0
 
-    def _rank(self, rank: int, num_threads: int) -> Any:
+    def _rank(self, rank: int, num_threads: int, lease: GangLease | None) -> Any:
+        lasting = {"name": rank_name(self.gang_id, rank), "lifetime": "detached"} if lease else {}
         return RankActor.options(
+            **lasting,
             num_cpus=self.shape.cpus_per_rank,
             num_gpus=self.shape.gpus_per_rank,
             max_restarts=0,
@@ -128,7 +164,7 @@ class Gang:
                 placement_group=self._group, placement_group_bundle_index=rank
             ),
             runtime_env={"env_vars": {"OMP_NUM_THREADS": str(num_threads)}},
-        ).remote(rank, self.shape.layout.model_dump_json(), self.shape.device, num_threads)
+        ).remote(rank, self.shape.layout.model_dump_json(), self.shape.device, num_threads, self.gang_id, lease)
 
     def poll_start(self) -> str | None:
         """IDLE once every rank is up; the error that kept the gang from starting, if one did."""
@@ -175,6 +211,11 @@ class Gang:
 
     def stop(self, token: str) -> None:
         self._ranks[0].stop.options(concurrency_group="control").remote(token)
+
+    def renew(self, lease: GangLease | None = None) -> None:
+        """Tell every rank that its controller lives; with ``lease``, where it shows that from now on."""
+        for rank in self._ranks:
+            rank.renew.options(concurrency_group="control").remote(lease)
 
     def poll_end(self) -> GangEnd | None:
         """The attempt's end, None while it runs. The gang is IDLE after a good end, to be dismissed after a bad one.

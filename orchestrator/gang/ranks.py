@@ -20,12 +20,16 @@ import ray
 
 from models import trust
 from models.config import Layout
-from models.run_dir import AttemptSpec, Summary, metrics_path, stacks_path
+from models.run_dir import AttemptSpec, Summary, metrics_path, stacks_path, write_json
 from orchestrator.gang.ending import RankError, words
+from orchestrator.gang.lease_file import GangLease
+from orchestrator.gang.orphan import Guard
 
 PACKAGES = ("models", "orchestrator")
 LANDING_SECONDS = 30.0
 """What a process that is told to end gives the checkpoint that it writes."""
+LANDINGS_KEPT = 4
+"""Another controller may ask again."""
 
 
 def source_hash() -> str:
@@ -67,16 +71,23 @@ def _stacks() -> str:
 class _Rank:
     """The actor: one rank's process. ``control`` methods answer while ``train`` runs."""
 
-    def __init__(self, rank: int, layout: str, device: str, num_threads: int) -> None:
+    def __init__(
+        self, rank: int, layout: str, device: str, num_threads: int, gang: str = "", lease: GangLease | None = None
+    ) -> None:
         self.rank, self.layout, self.device = rank, Layout.model_validate_json(layout), device
         self.num_threads = num_threads
         self.world: Any = None
         self.attempt_dir: Path | None = None
+        self.token: str | None = None
         self.stop_token: str | None = None
+        self.end: str | BaseException | None = None
+        self.has_ended = threading.Event()
+        self.orphaned: str | None = None
         self.beats = 0
         self.is_training = self.is_terminated = False
         self.landings: dict[str, Any] = {}
-        """Of attempts whose last checkpoint is in the writing, by token."""
+        """The last checkpoints of the last attempts, by token: in the writing, or written."""
+        self.guard = None if lease is None else Guard(rank, gang, lease, self._is_busy)
         signal.signal(signal.SIGTERM, self._on_sigterm)
 
     def _on_sigterm(self, *_: object) -> None:
@@ -86,6 +97,9 @@ class _Rank:
                 self.world.writer.wait(LANDING_SECONDS)
             sys.exit(128 + signal.SIGTERM)
         self.is_terminated = True
+
+    def _is_busy(self) -> bool:
+        return self.is_training or any(not one.done() for one in list(self.landings.values()))
 
     def rendezvous(self) -> str:
         """Where the gang meets; asked of rank 0."""
@@ -111,39 +125,85 @@ class _Rank:
             self.world = trainer.World.join(
                 self.rank, self.layout, self.device, init_method, num_threads=self.num_threads
             )
+        return self._member()
+
+    def _member(self) -> dict[str, Any]:
         node = ray.get_runtime_context().get_node_id()
         return {"host": socket.gethostname(), "pid": os.getpid(), "node_id": node}
 
     def train(self, spec: str) -> str:
         """How the attempt ended. One that is complete has yet to land: the rank is free for the next one."""
-        trainer = importlib.import_module("models.trainer")
         attempt = AttemptSpec.model_validate_json(spec)
-        self.attempt_dir = attempt.attempt_dir
+        self.attempt_dir, self.token, self.end, self.orphaned = attempt.attempt_dir, attempt.token, None, None
+        self.has_ended.clear()
         self.beats, self.is_training = 0, True
         try:
-            with _errors_as_text():
-                trained = trainer.start(
-                    attempt, self.world, lambda: self.is_terminated or self.stop_token == attempt.token, self._beat
-                )
-                summary: Summary = trained.summary
-                if summary.outcome == "complete":
-                    self.landings[attempt.token] = trained.landed
-                else:
-                    trained.landed.result()
+            self.end = self._train(attempt).model_dump_json()
+            return self.end
+        except BaseException as error:
+            self.end = error
+            raise
         finally:
             self.is_training = False
-        return summary.model_dump_json()
+            self.has_ended.set()
+
+    def _train(self, attempt: AttemptSpec) -> Summary:
+        trainer = importlib.import_module("models.trainer")
+        with _errors_as_text():
+            trained = trainer.start(attempt, self.world, self._should_stop, self._beat)
+            summary: Summary = trained.summary
+            if summary.outcome == "complete":
+                self.landings = {
+                    **dict(list(self.landings.items())[1 - LANDINGS_KEPT :]),
+                    attempt.token: trained.landed,
+                }
+                return summary
+            trained.landed.result()
+        if summary.outcome == "stopped" and self.orphaned is not None:
+            summary = summary.model_copy(update={"error": self.orphaned})
+            write_json(attempt.attempt_dir / "summary.json", summary)
+        return summary
+
+    def _should_stop(self) -> bool:
+        if self.is_terminated or self.stop_token == self.token:
+            return True
+        # Rank 0 decides for all: the trainer has the ranks agree.
+        if self.rank == 0 and self.guard is not None and self.guard.watch.is_over:
+            self.orphaned = self.guard.watch.reason()
+        return self.orphaned is not None
+
+    def follow(self, token: str) -> str:
+        """What ``train`` returns or raises, for a controller that did not call it; blocks until then."""
+        self.has_ended.wait()
+        if self.token != token:
+            raise RankError(f"RankError: rank {self.rank} has run attempt {self.token}, not {token}")
+        if isinstance(self.end, BaseException):
+            raise self.end
+        assert self.end is not None
+        return self.end
+
+    def identity(self) -> dict[str, Any]:
+        """Who this is, and which attempt it runs or ran last."""
+        return {**self._member(), "source_hash": source_hash(), "token": self.token}
+
+    def renew(self, lease: GangLease | None = None) -> None:
+        """A sign of life of the controller; with a lease, of another one, which has adopted the gang."""
+        if self.guard is not None and lease is not None:
+            self.guard.watch.move(lease)
+        elif self.guard is not None:
+            self.guard.watch.heard()
 
     def landed(self, token: str) -> None:
         """Returns when the last checkpoint of an attempt that is complete stands; raises what befell it."""
         with _errors_as_text():
-            self.landings.pop(token).result()
+            self.landings[token].result()
 
     def _beat(self) -> None:
         self.beats += 1
 
     def progress(self) -> tuple[int, int]:
         """Bytes of metrics and micro-batches that the running attempt has behind it."""
+        self.renew()
         path = None if self.attempt_dir is None else metrics_path(self.attempt_dir)
         return (path.stat().st_size if path is not None and path.exists() else 0), self.beats
 
@@ -157,4 +217,4 @@ class _Rank:
         self.stop_token = token
 
 
-RankActor = ray.remote(concurrency_groups={"control": 1, "landing": 2})(_Rank)
+RankActor = ray.remote(concurrency_groups={"control": 1, "follow": 1, "landing": 2})(_Rank)

@@ -1,4 +1,4 @@
-"""The life of an attempt: started, recorded, ended, and taken over when its controller died.
+"""The life of an attempt: started, recorded, ended. What becomes of one whose controller died: ``orphans``.
 
 Only here does a trial's state move, and always in the transaction that checked the lease.
 """
@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import Connection, RowMapping, func, insert, select, update
+from sqlalchemy import Connection, func, insert, select, update
 
 from models.config import Layout
 from models.run_dir import DiagnosticRecord, Record, StepRecord, Summary, ValidationRecord
@@ -21,8 +21,6 @@ from orchestrator.store.layers import layer_rows
 from orchestrator.store.reader import attempt_row
 from orchestrator.store.rows import AttemptRow, FinishedIsFinal, Lease, TrialTaken
 from orchestrator.store.submission import add_event, insert_missing
-
-CONTROLLER_LOST = "controller_lost"
 
 
 def start(
@@ -116,6 +114,7 @@ def end(
     end_step: int | None,
     summary: Summary | None,
     log_tail: str | None,
+    held_seconds: float | None = None,
 ) -> None:
     """Close the attempt and move its trial to ``state``; a trial that is not RUNNING in this attempt is left alone."""
     leases.check(connection, lease)
@@ -126,7 +125,14 @@ def end(
     running = connection.execute(
         select(trial.c.state).where(trial.c.fingerprint == attempt.fingerprint).with_for_update()
     ).scalar_one()
-    is_open = connection.scalar(select(schema.attempt.c.ended_at.is_(None)).where(schema.attempt.c.id == attempt.id))
+    found = connection.execute(
+        select(schema.attempt.c.ended_at, schema.attempt.c.sweep_id).where(schema.attempt.c.id == attempt.id)
+    ).one()
+    if found.sweep_id != lease.sweep_id:
+        raise FinishedIsFinal(
+            f"attempt {attempt.number} of trial {attempt.fingerprint} was adopted by another sweep that shares it"
+        )
+    is_open = found.ended_at is None
     if running != schema.RUNNING or not is_open:
         raise FinishedIsFinal(
             f"attempt {attempt.number} of trial {attempt.fingerprint} can't end in {state}: "
@@ -134,8 +140,9 @@ def end(
         )
     now = datetime.now(UTC)
     step = summary.step if end_step is None and summary is not None else end_step
-    closing = _closing(attempt, summary, now) | {"held_seconds": (now - attempt.started_at).total_seconds()}
-    _close(connection, attempt.id, cause=cause, reason=reason, end_step=step, log_tail=log_tail, **closing)
+    held = (now - attempt.started_at).total_seconds() if held_seconds is None else held_seconds
+    closing = _closing(attempt, summary, now) | {"held_seconds": held}
+    close(connection, attempt.id, cause=cause, reason=reason, end_step=step, log_tail=log_tail, **closing)
     kept = None if state == schema.WAITING else step
     connection.execute(
         update(trial)
@@ -158,61 +165,8 @@ def _closing(attempt: AttemptRow, summary: Summary | None, now: datetime) -> dic
     }
 
 
-def _close(connection: Connection, attempt_id: int, **values: object) -> None:
+def close(connection: Connection, attempt_id: int, **values: object) -> None:
     connection.execute(update(schema.attempt).where(schema.attempt.c.id == attempt_id).values(**values))
-
-
-def take_over(connection: Connection, lease: Lease) -> list[str]:
-    """Free what the sweep's last controller left RUNNING, and shared trials whose own controller's lease ran out."""
-    leases.check(connection, lease)
-    return _free(connection, lease, [row for row in _running(connection, lease) if row["sweep_id"] == lease.sweep_id])
-
-
-def adopt_orphans(connection: Connection, lease: Lease) -> list[str]:
-    """Free RUNNING trials of this sweep that another sweep's controller started and, its lease over, left behind."""
-    leases.check(connection, lease)
-    orphans = [
-        row
-        for row in _running(connection, lease)
-        if row["sweep_id"] != lease.sweep_id and leases.holder(connection, row["sweep_id"]) is None
-    ]
-    return _free(connection, lease, orphans)
-
-
-def _running(connection: Connection, lease: Lease) -> list[RowMapping]:
-    link, trial, attempt = schema.sweep_trial, schema.trial, schema.attempt
-    query = (
-        select(attempt)
-        .join(trial, trial.c.fingerprint == attempt.c.fingerprint)
-        .join(link, link.c.fingerprint == trial.c.fingerprint)
-        .where(link.c.sweep_id == lease.sweep_id, trial.c.state == schema.RUNNING, attempt.c.ended_at.is_(None))
-        .order_by(link.c.position)
-        .with_for_update(of=[trial, attempt])
-    )
-    return list(connection.execute(query).mappings())
-
-
-def _free(connection: Connection, lease: Lease, rows: Sequence[RowMapping]) -> list[str]:
-    now = datetime.now(UTC)
-    reason = "the controller went away while the attempt ran"
-    for row in rows:
-        held = _held_until_lost(connection, row, now)
-        _close(connection, row["id"], ended_at=now, held_seconds=held, cause=CONTROLLER_LOST, reason=reason)
-        connection.execute(
-            update(schema.trial)
-            .where(schema.trial.c.fingerprint == row["fingerprint"])
-            .values(state=schema.WAITING, cause=CONTROLLER_LOST, reason=reason, updated_at=now)
-        )
-        add_event(connection, lease.sweep_id, CONTROLLER_LOST, reason, row["fingerprint"], row["number"])
-    return [row["fingerprint"] for row in rows]
-
-
-def _held_until_lost(connection: Connection, row: RowMapping, now: datetime) -> float:
-    """Its gang went with its controller, whose last sign of life is the lease: hours or days may have passed since."""
-    lost_at = leases.last_left_at(connection, row["sweep_id"])
-    until = now if lost_at is None else min(now, datetime.fromtimestamp(lost_at, UTC))
-    started_at: datetime = row["started_at"]
-    return max(0.0, (until - started_at).total_seconds())
 
 
 def reopen(connection: Connection, sweep_id: int, fingerprints: Sequence[str]) -> int:

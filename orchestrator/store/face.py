@@ -14,7 +14,7 @@ from sqlalchemy.exc import DBAPIError
 from models.config import Layout
 from models.redaction import hide
 from models.run_dir import Record, Summary
-from orchestrator.store import attempts, outcomes, query, ranking, reader, schema, spending, submission
+from orchestrator.store import attempts, orphans, outcomes, query, ranking, reader, schema, spending, submission
 from orchestrator.store import lease as leases
 from orchestrator.store import running as running_rows
 from orchestrator.store.engine import make_engine, parse_url, reading, writing
@@ -212,13 +212,17 @@ class Store:
 
     # Attempts
 
-    def take_over(self, lease: Lease) -> list[str]:
-        """RUNNING trials that this sweep's last controller left go back to WAITING; returns them."""
-        return self._write(attempts.take_over, lease)
+    def orphans(self, lease: Lease) -> list[AttemptRow]:
+        """Open attempts that this sweep's last controller left, and shared ones of sweeps whose lease has run out."""
+        return self._write(orphans.find, lease)
 
-    def adopt_orphans(self, lease: Lease) -> list[str]:
-        """The same for shared trials that another sweep's controller left, whose lease has run out."""
-        return self._write(attempts.adopt_orphans, lease)
+    def adopt(self, lease: Lease, orphan: AttemptRow, message: str) -> AttemptRow:
+        """The attempt goes on, followed under this lease; TrialTaken when another controller was faster."""
+        return self._write(orphans.adopt, lease, orphan, message)
+
+    def free(self, lease: Lease, left: Sequence[AttemptRow]) -> list[str]:
+        """The orphans are over and their trials go back to WAITING; returns those."""
+        return self._write(orphans.free, lease, left)
 
     def attempts(self, fingerprint: str) -> list[AttemptRow]:
         """Oldest first."""
@@ -270,11 +274,15 @@ class Store:
         end_step: int | None = None,
         summary: Summary | None = None,
         log_tail: str | None = None,
+        held_seconds: float | None = None,
     ) -> None:
-        """Close the attempt and move the trial; FinishedIsFinal when it has already ended."""
-        waits = self._num_waits
+        """Close the attempt and move the trial; FinishedIsFinal when it has already ended, or moved to another sweep.
+
+        ``held_seconds``: how long it held its hosts; None: until now.
+        """
+        told, waits = (state, cause, reason, end_step, summary, log_tail, held_seconds), self._num_waits
         try:
-            self._write(attempts.end, lease, attempt, state, cause, reason, end_step, summary, log_tail)
+            self._write(attempts.end, lease, attempt, *told)
         except FinishedIsFinal:
             # Likewise.
             if self._num_waits == waits or not self._read(attempts.has_ended, attempt, cause, reason):

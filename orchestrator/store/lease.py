@@ -100,3 +100,11 @@ def holder(connection: Connection, sweep_id: int) -> tuple[str, float] | None:
     left = (lease.c.expires_at - database_seconds(connection)).label("seconds_left")
     row = connection.execute(select(lease.c.holder, left).where(lease.c.sweep_id == sweep_id)).one_or_none()
     return (row.holder, row.seconds_left) if row is not None and row.seconds_left > 0 else None
+
+
+def is_vacant(connection: Connection, sweep_id: int) -> bool:
+    """Whether nobody holds a sweep's lease; if so, nobody will until this transaction ends."""
+    if holder(connection, sweep_id) is not None:
+        return False
+    connection.execute(select(schema.lease.c.token).where(schema.lease.c.sweep_id == sweep_id).with_for_update())
+    return holder(connection, sweep_id) is None

@@ -32,11 +32,15 @@ class TrialTaken(StoreError):
 
 
 class FinishedIsFinal(StoreError):
-    """The trial is COMPLETE, PRUNED or DIVERGED, or is not running: its end can't be written again."""
+    """The trial is COMPLETE, PRUNED or DIVERGED, or not running in this attempt and for this sweep: its end can't be
+    written (again)."""
 
 
 HOST_EXCLUDED = "host_excluded"
 """The kind of event that keeps a host out of a sweep, also for its next controller."""
+
+CONTROLLER_LOST = "controller_lost"
+"""The cause of an attempt that ended because its controller was gone; no budget is charged."""
 
 CANCEL_WANTED = "cancel_wanted"
 """A user wants a running trial canceled; its controller does it."""

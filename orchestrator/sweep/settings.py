@@ -94,6 +94,8 @@ class ResourcesConfig(Frozen):
     """Trials at once; None: as many as the cluster holds. ``gatesweep set`` changes it while the sweep runs."""
     max_gpus: Annotated[float, Field(ge=0.0)] | None = None
     """GPUs at once, likewise."""
+    grace_seconds: Positive = 600.0
+    """How long gangs on a cluster train on without a controller, waiting for the next one to adopt them."""
     accelerator: AcceleratorName | None = None
     """What the GPUs are: their memory and their peak, unless those are given."""
     memory_gib: Positive | None = None
