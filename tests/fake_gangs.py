@@ -19,11 +19,11 @@ import pytest
 from sweep_runs import NoMirror, Watcher, curve_numbers, plan_of
 
 from models import run_dir
-from models.config import TrialConfig
+from models.config import Layout, TrialConfig
 from models.run_dir import AttemptSpec, DiagnosticRecord, Record, StepRecord, Summary, ValidationRecord
 from orchestrator.controller import Controller
 from orchestrator.controller.clock import Clock
-from orchestrator.gang import GangEnd, GangShape, GangState, Wanted
+from orchestrator.gang import GangEnd, GangShape, GangState, NodeRoom, Wanted, minus, times
 from orchestrator.plan import Plan
 from orchestrator.store import Store
 
@@ -69,10 +69,14 @@ class FakeLanding:
 
 
 class FakeGang:
-    def __init__(self, shape: GangShape, fate: FateAt, start_error: str | None = None, host: str = "fake-host") -> None:
+    def __init__(
+        self, shape: GangShape, fate: FateAt, start_error: str | None = None, nodes: Sequence[str] = ("fake-host",)
+    ) -> None:
         self.shape, self.fate, self.start_error = shape, fate, start_error
         self.state = GangState.STARTING
-        self.members = [{"host": host, "pid": 1}]
+        self.nodes = list(nodes)
+        self.members = [{"host": node, "pid": 1} for node in nodes for _ in range(shape.ranks_per_bundle)]
+        self.num_attempts = 0
         self.spec: AttemptSpec = None  # type: ignore[assignment]
         self.lease: Any = None
         self.stop_token: str | None = None
@@ -87,9 +91,13 @@ class FakeGang:
             self.state = GangState.IDLE
         return self.start_error
 
+    def is_placed(self) -> bool:
+        return True
+
     def launch(self, spec: AttemptSpec) -> None:
         assert self.state is GangState.IDLE
         self.spec, self.state, self.step = spec, GangState.BUSY, spec.resume_step
+        self.num_attempts += 1
         self.config = run_dir.read_trial_config(Path(spec.trial_dir))
         self.refused_checkpoint = self.end = None
         if spec.resume_checkpoint is not None and (Path(spec.resume_checkpoint) / "torn").exists():
@@ -265,7 +273,7 @@ class FakeClock(Clock):
 
 
 class FakeCluster:
-    """With ``hosts``, one gang a host, the first free one first; else all gangs are on one host.
+    """Of ``hosts`` that hold a gang each, or of one that holds ``capacity`` gangs, of a sweep's plain shape.
 
     ``outlives_driver``: gangs are detached, and can be found again.
     """
@@ -279,20 +287,29 @@ class FakeCluster:
         outlives_driver: bool = False,
     ) -> None:
         self.outlives_driver, self.reachable = outlives_driver, True
-        self.num_gangs, self.fate, self.start_error, self.hosts = capacity, fate, start_error, hosts
+        self.fate, self.start_error = fate, start_error
+        self.num_gangs = dict.fromkeys(hosts, 1) or {"fake-host": capacity}
+        self.fit(GangShape(Layout(), 1, 0))
         self.gangs: list[FakeGang] = []
 
-    def capacity(self, shape: GangShape, excluded_nodes: Collection[str] = ()) -> int:
-        return len(set(self.hosts) - set(excluded_nodes)) if self.hosts else self.num_gangs
+    def fit(self, shape: GangShape) -> None:
+        one = times(shape.bundle_units, shape.num_bundles)
+        self.sizes: dict[str, tuple[int, int]] = {host: times(one, number) for host, number in self.num_gangs.items()}
 
-    def start_gang(
-        self, shape: GangShape, num_threads: int, excluded_nodes: Collection[str] = (), lease: Any = None
-    ) -> FakeGang:
-        taken = {gang.members[0]["host"] for gang in self.gangs if gang.state is not GangState.DEAD}
-        free = [host for host in self.hosts if host not in taken and host not in excluded_nodes]
-        self.gangs.append(FakeGang(shape, self.fate, self.start_error, free[0] if self.hosts else "fake-host"))
+    def rooms(self) -> list[NodeRoom]:
+        free = dict(self.sizes)
+        for gang in self.gangs:
+            for node in gang.nodes if gang.state is not GangState.DEAD else ():
+                free[node] = minus(free[node], gang.shape.bundle_units)
+        return [NodeRoom(host, total, free[host]) for host, total in self.sizes.items()]
+
+    def start_gang(self, shape: GangShape, num_threads: int, nodes: Sequence[str] = (), lease: Any = None) -> FakeGang:
+        self.gangs.append(FakeGang(shape, self.fate, self.start_error, nodes or [*self.num_gangs][:1]))
         self.gangs[-1].lease, self.gangs[-1].is_detached = lease, self.outlives_driver
         return self.gangs[-1]
+
+    def wait(self, gangs: Sequence[FakeGang], seconds: float) -> list[FakeGang]:
+        return []
 
     def find_gangs(self, wanted: Sequence[Wanted]) -> list[FakeGang | str]:
         return [self._find(one) for one in wanted]
@@ -332,6 +349,8 @@ class Bench:
     ) -> Controller:
         sweep_id = self.store.add(plan).sweep_id
         view = watcher or Watcher()
+        if isinstance(cluster, FakeCluster):
+            cluster.fit(GangShape.of(plan.sweep.resources))
         given = (plan.sweep, sweep_id, self.store, cluster, NoMirror(), self.home, view, plan.confirmations)
         return Controller(*given, clock, webhook, plan)  # type: ignore[arg-type]
 

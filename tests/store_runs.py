@@ -21,7 +21,7 @@ from orchestrator.store import (
     Outcome,
     Store,
 )
-from orchestrator.sweep import Sweep, VerdictConfig
+from orchestrator.sweep import ResourcesConfig, Sweep, VerdictConfig
 
 STEPS = 20
 
@@ -58,7 +58,7 @@ def a_plan(
                 seed=1,
                 config=config,
                 fingerprint=config.fingerprint(),
-                layout=Layout(),
+                resources=ResourcesConfig(),
                 num_parameters=1234,
                 training_flops=5678,
                 num_active_parameters=1234,
@@ -139,7 +139,11 @@ class Run:
         self.fingerprint = self.plan.trials[0].fingerprint
 
     def start(
-        self, resume_step: int = 0, resumed_from: int | None = None, fingerprint: str | None = None
+        self,
+        resume_step: int = 0,
+        resumed_from: int | None = None,
+        fingerprint: str | None = None,
+        hosts: Sequence[str] = (),
     ) -> AttemptRow:
         return self.store.start_attempt(
             self.lease,
@@ -148,6 +152,7 @@ class Run:
             provenance={"commit": "abc123", "dirty": True, "packages": {"torch": "2.13.0"}},
             resume_step=resume_step,
             resumed_from=resumed_from,
+            hosts=hosts,
         )
 
     def end(self, attempt: AttemptRow, state: str, cause: str = "finished", **more: Any) -> None:

@@ -303,7 +303,7 @@ def test_a_stop_checkpoints_what_runs_and_the_next_run_goes_on_from_there(
     assert bench.curves(plan) == undisturbed
 
 
-@pytest.mark.parametrize("moment", ["_waiting", "_work", "_launch", "_follow", "_check_budget"])
+@pytest.mark.parametrize("moment", ["_to_follow", "_work", "_launch", "_follow", "_check_budget"])
 def test_a_stop_may_come_at_any_moment_of_the_loop(
     bench: Bench, tmp_path, monkeypatch: pytest.MonkeyPatch, moment: str
 ):

@@ -18,7 +18,7 @@ from sweep_runs import LONG, PATIENCE_SECONDS, attempt_spec, cluster, plan_of, w
 from models.config import Layout, TrialConfig
 from models.run_dir import AttemptSpec, StepRecord, complete_checkpoints, read_records, read_summary, stacks_path
 from orchestrator.doctor import nodes
-from orchestrator.gang import Cluster, Gang, GangEnd, GangShape, GangState, gangs, source_hash
+from orchestrator.gang import UNITS, Cluster, Gang, GangEnd, GangShape, GangState, gangs, source_hash
 from orchestrator.sweep import UserError
 
 ONE_RANK = GangShape(Layout(), cpus_per_rank=1, gpus_per_rank=0)
@@ -81,41 +81,41 @@ def losses(spec: AttemptSpec) -> list[float]:
     return [record.loss_nats or float("nan") for record in records if isinstance(record, StepRecord)]
 
 
-def test_capacity_counts_whole_gangs_on_living_nodes(cluster: Cluster, monkeypatch: pytest.MonkeyPatch):
-    nodes = [
-        {"NodeID": "a", "Alive": True, "Resources": {"CPU": 7.0, "GPU": 2.0}},
-        {"NodeID": "b", "Alive": True, "Resources": {"CPU": 4.0}},
-        {"NodeID": "c", "Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0}},
-    ]
-    monkeypatch.setattr(gangs.ray, "nodes", lambda: nodes)
-    assert cluster.capacity(ONE_RANK) == 11
-    assert cluster.capacity(TWO_RANKS) == 5
-    # 2 CPUs a rank: three on the first node and two on the second.
-    assert cluster.capacity(GangShape(Layout(tensor=2), 2, 0)) == 2
-    assert cluster.capacity(GangShape(Layout(), 1, 1)) == 2
-    assert cluster.capacity(GangShape(Layout(), 1, 0.5)) == 4
-    assert cluster.capacity(ONE_RANK, excluded_nodes={"a"}) == 4
+def test_the_nodes_of_the_cluster_are_told_with_what_is_free(cluster: Cluster):
+    (before,) = cluster.rooms()
+    assert before.total[0] >= 2 * UNITS
+    with started(cluster, TWO_RANKS) as gang:
+        assert {member["node_id"] for member in gang.members} == {before.id}
+
+        def is_told() -> bool:
+            (now,) = cluster.rooms()
+            return before.available[0] - now.available[0] == 2 * UNITS
+
+        wait_for(is_told, "the nodes to tell what the gang took")
 
 
-def test_a_gang_is_not_placed_on_an_excluded_node(cluster: Cluster):
-    (node,) = [node["NodeID"] for node in gangs.ray.nodes() if node["Alive"]]
-    barred = cluster.start_gang(ONE_RANK, num_threads=1, excluded_nodes={node})
-    free = cluster.start_gang(ONE_RANK, num_threads=1, excluded_nodes={"0" * len(node)})
+def test_a_gang_starts_on_the_node_that_it_is_given_and_waits_for_no_other(cluster: Cluster):
+    (node,) = cluster.nodes()
+    barred = cluster.start_gang(ONE_RANK, num_threads=1, nodes=["0" * len(node.id)])
+    free = cluster.start_gang(ONE_RANK, num_threads=1, nodes=[node.id])
     try:
         wait_for(lambda: free.poll_start() is None and free.state is gangs.GangState.IDLE, "the gang that may start")
-        assert free.members[0]["node_id"] == node
+        assert free.members[0]["node_id"] == node.id
+        assert free.is_placed()
         assert barred.poll_start() is None
+        assert not barred.is_placed()
         assert barred.state is gangs.GangState.STARTING
     finally:
         barred.dismiss()
         free.dismiss()
 
 
-def test_a_gang_that_the_cluster_can_never_hold_is_refused_with_both_figures(cluster: Cluster):
-    with pytest.raises(UserError, match=r"a gang asks for 2 rank\(s\) x 5000 CPU, and the cluster holds 0 such"):
-        cluster.capacity(GangShape(Layout(tensor=2), 5000, 0))
-    with pytest.raises(UserError, match=r"asks for 1 rank\(s\) x 1 CPU \+ 16 GPU"):
-        cluster.capacity(GangShape(Layout(), 1, 16))
+def test_an_end_is_news_that_is_not_slept_over(cluster: Cluster, gang: Gang, home: Path, configs: list[TrialConfig]):
+    gang.launch(attempt_spec(home, configs[0], "news", number=9))
+    assert wait_for(lambda: cluster.wait([gang], 60.0), "an end") == [gang]
+    assert gang.poll_end() is not None
+    gang.free()
+    assert cluster.wait([gang], 0.01) == []
 
 
 def test_a_warm_gang_gives_the_numbers_of_a_cold_one_bit_for_bit(

@@ -10,9 +10,8 @@ import pytest
 from fake_gangs import Bench, FakeCluster, bench, plan  # noqa: F401
 from sweep_runs import Watcher, plan_of
 
-from models.config import Layout
 from orchestrator.controller.orders import Orders
-from orchestrator.gang import GangShape, GangState
+from orchestrator.gang import GangState
 from orchestrator.plan import Plan
 from orchestrator.store import CANCEL_WANTED, CAP_SET
 from orchestrator.sweep import ResourcesConfig, UserError, check_cap
@@ -79,17 +78,15 @@ def test_a_cap_may_fall_to_nothing_and_be_lifted_while_the_sweep_runs(bench: Ben
     assert all(gang.state is GangState.DEAD for gang in cluster.gangs)
 
 
-def test_caps_outlive_the_controller_and_count_whole_gangs(bench: Bench, plan: Plan):
+def test_caps_outlive_the_controller(bench: Bench, plan: Plan):
     sweep_id = bench.store.add(plan).sweep_id
     resources = ResourcesConfig(gpus=1, max_gpus=8)
-    pair = GangShape(Layout(tensor=2), 1, 1)
-    assert Orders(bench.store, sweep_id, resources).max_gangs(pair) == 4
+    assert Orders(bench.store, sweep_id, resources).caps() == (float("inf"), 8)
     bench.store.add_event(sweep_id, CAP_SET, check_cap("max_gpus=5"))
     bench.store.add_event(sweep_id, CAP_SET, check_cap("max_trials=7"))
-    assert Orders(bench.store, sweep_id, resources).max_gangs(pair) == 2
+    assert Orders(bench.store, sweep_id, resources).caps() == (7, 5)
     bench.store.add_event(sweep_id, CAP_SET, check_cap("max_gpus=none"))
-    assert Orders(bench.store, sweep_id, resources).max_gangs(pair) == 7
-    assert Orders(bench.store, sweep_id, ResourcesConfig()).max_gangs(GangShape(Layout(), 1, 0)) == 7
+    assert Orders(bench.store, sweep_id, resources).caps() == (7, float("inf"))
 
 
 @pytest.mark.parametrize("text", ["max_trials", "max_trial=3", "max_gpus=many", "max_trials=-1", "max_trials=1.5"])

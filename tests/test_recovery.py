@@ -14,8 +14,8 @@ import signal
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from sweep_runs import NoMirror, Watcher, cluster, curve_numbers, plan_of, wait_
 from models import run_dir
 from orchestrator.controller import Controller
 from orchestrator.controller.resume import attempt_dir
-from orchestrator.gang import Cluster, GangShape
+from orchestrator.gang import UNITS, Cluster, NodeRoom
 from orchestrator.plan import Plan
 from orchestrator.store import Store, TrialRow
 
@@ -56,8 +56,8 @@ class OneGang:
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
 
-    def capacity(self, shape: GangShape, excluded_nodes: Collection[str] = ()) -> int:
-        return min(1, self._cluster.capacity(shape, excluded_nodes))
+    def rooms(self) -> list[NodeRoom]:
+        return [replace(node, total=(UNITS, 0), available=(UNITS, 0)) for node in self._cluster.rooms()[:1]]
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._cluster, name)

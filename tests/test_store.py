@@ -160,7 +160,6 @@ def test_an_expired_lease_is_taken_over_and_its_old_holder_fenced(run: Run) -> N
     new = run.store.acquire_lease(run.sweep_id, "host-b:2", 60)
     writes = [
         lambda: run.store.record(run.lease, attempt, steps(2, 2)),
-        lambda: run.store.set_hosts(run.lease, attempt, ["a"]),
         lambda: run.end(attempt, "COMPLETE"),
         lambda: run.start(fingerprint=waiting),
         lambda: run.store.renew_lease(run.lease, 60),
@@ -242,8 +241,7 @@ def test_a_shared_attempt_moves_to_the_sweep_that_adopts_it_and_is_no_orphan_of_
 
 
 def test_an_attempt_knows_where_it_ran(run: Run) -> None:
-    attempt = run.start()
-    run.store.set_hosts(run.lease, attempt, ["n1", "n2"])
+    attempt = run.start(hosts=["n1", "n2"])
     summary = Summary(
         outcome="complete", step=STEPS, resume_step=0, seconds=7.5, tokens_per_second=900.0, peak_memory_bytes=10**10
     )

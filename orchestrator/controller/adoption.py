@@ -52,7 +52,8 @@ def gang_facts(gang: Gang) -> dict[str, Any]:
     if not gang.is_detached:
         return {}
     shape = gang.shape
-    return {"gang": {"id": gang.gang_id, "cpus_per_rank": shape.cpus_per_rank, "gpus_per_rank": shape.gpus_per_rank}}
+    asked = {"cpus_per_rank": shape.cpus_per_rank, "gpus_per_rank": shape.gpus_per_rank, "placement": shape.placement}
+    return {"gang": {"id": gang.gang_id, **asked}}
 
 
 def take_over(run: SweepRun, orders: Orders) -> None:
@@ -93,7 +94,8 @@ def _find_gangs(run: SweepRun, rows: list[AttemptRow]) -> dict[str, Gang | str]:
     for row in rows:
         facts = row.provenance.get("gang")
         if facts and run.pool.lease_file:
-            shape = GangShape(row.layout, facts["cpus_per_rank"], facts["gpus_per_rank"])
+            asked = (facts["cpus_per_rank"], facts["gpus_per_rank"], facts.get("placement", "pack"))
+            shape = GangShape(row.layout, *asked)
             wanted.append(Wanted(facts["id"], shape, row.token))
     found = run.pool.cluster.find_gangs(wanted) if wanted else []
     return {one.token: gang for one, gang in zip(wanted, found, strict=True)}
@@ -120,8 +122,8 @@ def _adopt(run: SweepRun, trial: TrialRow, row: AttemptRow, gang: Gang | str) ->
     if not isinstance(gang, str):
         assert run.pool.lease_file is not None
         gang.renew(run.pool.lease_file.lease)
-        run.pool.gangs.append(gang)
-    _begin_to_follow(run, RunningAttempt(trial, row, spec, follower), spec, summary)
+        run.pool.adopt(gang)
+    _begin_to_follow(run, RunningAttempt(trial, row, spec, follower, run.clock.monotonic()), spec, summary)
     run.view.tell(f"adopted   {trial_name(trial)}: {said}")
     return True
 

@@ -31,10 +31,9 @@ def end_attempt(run: SweepRun, attempt: RunningAttempt, end: GangEnd) -> None:
     except FinishedIsFinal as taken:
         _let_go(run, attempt, taken)
         return
-    run.trials.not_before[attempt.trial.fingerprint] = run.clock.monotonic() + result.delay_seconds
     if result.cause in (DISK_FULL, DISK_READ_ONLY):
         run.disk.was_full()
-    run.trials.note(attempt.trial, result.state)
+    run.trials.note(attempt.trial, result.state, run.clock.monotonic() + result.delay_seconds)
     _tell(run, attempt, result)
     run.announcer.trial_ended(attempt, result, run.trials.rows, run.clock.monotonic())
     _judge_gang(run, attempt, end, result)
@@ -89,3 +88,5 @@ def _judge_gang(run: SweepRun, attempt: RunningAttempt, end: GangEnd, result: Co
         run.pool.lose(attempt.gang, f"gang dismissed: {result.reason}")
     elif result.cause == PREEMPTED:
         run.pool.lose(attempt.gang, f"gang dismissed: its host is being taken away ({result.reason})")
+    else:
+        run.pool.took(attempt)

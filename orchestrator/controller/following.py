@@ -12,17 +12,19 @@ from orchestrator.gang import GangEnd
 
 def follow(run: SweepRun, attempt: RunningAttempt) -> GangEnd | None:
     """Its end, once it has one; all its records are in the store by then."""
+    now = attempt.followed_at = run.clock.monotonic()
     if attempt.landing is not None:
         return attempt.landing.poll() or _hung(run, attempt)
     end = attempt.gang.poll_end()
     progress = attempt.gang.progress()
     if progress is not None:
-        attempt.note(progress, run.clock.monotonic())
+        attempt.note(progress, now)
     if end is not None or (progress is not None and progress[0] > attempt.offset):
         _read(run, attempt)
     if end is not None and end.landing is not None:
         attempt.landing, end = end.landing, None
         attempt.gang.free()
+        run.pool.took(attempt)
     return end or _hung(run, attempt)
 
 
@@ -51,4 +53,4 @@ def _read(run: SweepRun, attempt: RunningAttempt) -> None:
     run.store.record(run.lease, attempt.row, records)
     for record in records:
         if isinstance(record, StepRecord):
-            attempt.observe(record)
+            attempt.observe(record, run.clock.monotonic())

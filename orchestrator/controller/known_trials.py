@@ -1,44 +1,128 @@
-"""The trials of a sweep as its controller knows them: read anew now and then, for others change them, too."""
+"""The trials of a sweep as its controller knows them: what changed is read now and then, for others change them, too.
+
+There may be a hundred thousand: whatever is asked at every turn of the loop is kept up to date as trials change, and
+nothing here walks over all of them but the first reading.
+"""
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
+import heapq
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
+from datetime import UTC, datetime, timedelta
 
 from orchestrator.controller.clock import Clock
+from orchestrator.gang import GangShape
 from orchestrator.store import Store, TrialRow
 
-UNFINISHED = ("WAITING", "RUNNING")
+CLOCK_SKEW = timedelta(seconds=10)
+"""By how much the clocks of those who write into the store may differ."""
+FULL_READ_SECONDS = 300.0
+"""Reading all of them anew finds what a clock that was further off has hidden."""
+
+Place = tuple[int, str]
+"""Position and fingerprint."""
 
 
 class KnownTrials:
-    """In the order of execution. ``not_before``: when a trial that failed may be tried again, by fingerprint, in the
-    clock's time."""
+    """Rows by fingerprint, in the order of execution; of those that wait, a queue for each shape of gang."""
 
-    def __init__(self, store: Store, sweep_id: int, clock: Clock) -> None:
-        self._store, self._sweep_id, self._clock = store, sweep_id, clock
-        self.rows: list[TrialRow] = []
+    def __init__(self, store: Store, sweep_id: int, clock: Clock, shape_of: Callable[[TrialRow], GangShape]) -> None:
+        self._store, self._sweep_id, self._clock, self._shape_of = store, sweep_id, clock, shape_of
+        self._shapes: dict[str, GangShape] = {}
+        self._rows: dict[str, TrialRow] = {}
+        self._since = datetime.min.replace(tzinfo=UTC)
+        self._all_read_at = -float("inf")
+        self._later: list[tuple[float, str]] = []
+        """When those that failed lately may be tried again, a heap."""
+        self._not_before: dict[str, float] = {}
         self.read_at = -float("inf")
-        self.not_before: dict[str, float] = {}
+        self.counts: Counter[str] = Counter()
+        self.steps_waiting = 0
+        self.queues: dict[GangShape, list[Place]] = {}
 
-    def read(self) -> None:
-        self.rows = self._store.trials(self._sweep_id)
-        self.read_at = self._clock.monotonic()
+    @property
+    def rows(self) -> Collection[TrialRow]:
+        return self._rows.values()
 
-    def note(self, trial: TrialRow, state: str) -> None:
-        """What this controller has just written, without reading all trials anew: there may be thousands."""
-        self.rows = [
-            dataclasses.replace(one, state=state) if one.fingerprint == trial.fingerprint else one for one in self.rows
-        ]
+    @property
+    def by_fingerprint(self) -> Mapping[str, TrialRow]:
+        return self._rows
+
+    def __getitem__(self, fingerprint: str) -> TrialRow:
+        return self._rows[fingerprint]
+
+    def shape(self, trial: TrialRow) -> GangShape:
+        known = self._shapes.get(trial.fingerprint)
+        if known is None:
+            known = self._shapes[trial.fingerprint] = self._shape_of(trial)
+        return known
+
+    def read(self, everything: bool = False) -> None:
+        """What changed since the last reading; ``everything``: also what was added or is no longer the sweep's."""
+        now, asked = self._clock.monotonic(), datetime.now(UTC)
+        if everything or now - self._all_read_at > FULL_READ_SECONDS:
+            rows = self._store.trials(self._sweep_id)
+            self._forget()
+            self._all_read_at = now
+        else:
+            rows = self._store.trials(self._sweep_id, changed_since=self._since)
+        for row in rows:
+            self._put(row)
+        self._since, self.read_at = asked - CLOCK_SKEW, now
+
+    def note(self, trial: TrialRow, state: str, not_before: float = 0.0) -> None:
+        """What this controller has just written. ``not_before``: when it may be tried again, in the clock's time."""
+        self._not_before.pop(trial.fingerprint, None)
+        if not_before > self._clock.monotonic():
+            self._not_before[trial.fingerprint] = not_before
+            heapq.heappush(self._later, (not_before, trial.fingerprint))
+        self._put(dataclasses.replace(self._rows.get(trial.fingerprint, trial), state=state))
+
+    def wake(self) -> None:
+        """Those whose time has come join the queues."""
+        now = self._clock.monotonic()
+        while self._later and self._later[0][0] <= now:
+            _, fingerprint = heapq.heappop(self._later)
+            if self._not_before.get(fingerprint, now) <= now:
+                self._not_before.pop(fingerprint, None)
+                self._enqueue(self._rows[fingerprint])
 
     def waiting(self) -> list[TrialRow]:
-        """Those that may be started now."""
-        now = self._clock.monotonic()
-        return [
-            trial
-            for trial in self.rows
-            if trial.state == "WAITING" and self.not_before.get(trial.fingerprint, now) <= now
-        ]
+        """Those that may be started now, in order; it walks over all of them."""
+        return [self._rows[fingerprint] for _, fingerprint in sorted(one for of in self.queues.values() for one in of)]
 
     @property
     def are_unfinished(self) -> bool:
-        return any(trial.state in UNFINISHED for trial in self.rows)
+        return bool(self.counts["WAITING"] + self.counts["RUNNING"])
+
+    def _forget(self) -> None:
+        self._rows, self.counts, self.queues, self.steps_waiting = {}, Counter(), {}, 0
+
+    def _put(self, row: TrialRow) -> None:
+        old = self._rows.get(row.fingerprint)
+        if old is not None:
+            self.counts[old.state] -= 1
+            if old.state == "WAITING":
+                self.steps_waiting -= old.config.train.num_steps
+                self._dequeue(old)
+        self._rows[row.fingerprint] = row
+        self.counts[row.state] += 1
+        if row.state == "WAITING":
+            self.steps_waiting += row.config.train.num_steps
+            if row.fingerprint not in self._not_before:
+                self._enqueue(row)
+
+    def _enqueue(self, row: TrialRow) -> None:
+        queue, place = self.queues.setdefault(self.shape(row), []), (row.position, row.fingerprint)
+        at = bisect.bisect_left(queue, place)
+        if row.state == "WAITING" and queue[at : at + 1] != [place]:
+            queue.insert(at, place)
+
+    def _dequeue(self, row: TrialRow) -> None:
+        queue, place = self.queues.get(self.shape(row), []), (row.position, row.fingerprint)
+        at = bisect.bisect_left(queue, place)
+        if queue[at : at + 1] == [place]:
+            del queue[at]

@@ -31,13 +31,13 @@ def launch(run: SweepRun, gang: Gang, trial: TrialRow) -> tuple[RunningAttempt, 
             resumed_from=resume.attempt,
             cpus=gang.shape.cpus_per_rank * gang.shape.layout.world_size,
             gpus=gang.shape.gpus_per_rank * gang.shape.layout.world_size,
+            hosts=[member["host"] for member in gang.members],
         )
     except TrialTaken:
         return None
-    run.store.set_hosts(run.lease, row, [member["host"] for member in gang.members])
     spec = attempt_spec(run, gang, trial, row, resume)
     run.search.ask(trial.fingerprint, curve_until(run.store, trial.fingerprint, resume.step))
-    attempt = RunningAttempt(trial, row, spec, gang)
+    attempt = RunningAttempt(trial, row, spec, gang, run.clock.monotonic())
     run.running.append(attempt)
     run.trials.note(trial, "RUNNING")
     again = f", attempt {row.number} from step {resume.step}" if row.number > 1 else ""

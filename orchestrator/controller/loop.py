@@ -3,7 +3,6 @@ a module of its own."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -25,12 +24,13 @@ from orchestrator.controller.orders import Orders
 from orchestrator.controller.outage import OutageWatch
 from orchestrator.controller.pruning import RankPruning
 from orchestrator.controller.running import RunningAttempt, eta_seconds
+from orchestrator.controller.schedule import Schedule
 from orchestrator.controller.selection import choose_rates
 from orchestrator.controller.snapshot import Snapshot, View
 from orchestrator.controller.stopping import Stopping
 from orchestrator.controller.sweep_run import SweepRun
 from orchestrator.failures import Wish
-from orchestrator.gang import Cluster, Gang, GangEnd, GangShape
+from orchestrator.gang import Cluster, Gang, GangEnd, GangShape, GangState
 from orchestrator.notices import Webhook
 from orchestrator.plan import Confirmation, Plan, PlannedTrial, micro_batch_sizes
 from orchestrator.search import Search
@@ -39,6 +39,9 @@ from orchestrator.sweep import Sweep, UserError
 from orchestrator.tracking import Mirror
 
 POLL_SECONDS = 0.1
+"""How long the loop waits for news at most."""
+SECONDS_A_POLL = 0.001
+"""So much of the loop's time goes to a running attempt without news, all in all a core's at the worst."""
 REFRESH_SECONDS = 2.0
 """How often the trials are read anew: others may cancel, reopen or, sharing them, run them."""
 LEASE_SECONDS = 20.0
@@ -77,11 +80,12 @@ class Controller:
         self.outage = OutageWatch(store, sweep_id, self.clock, view)
         store = self.outage.store  # from here on nobody else's: it waits where the given one would fail
         self.sweep, self.sweep_id, self.store, self.view = sweep, sweep_id, store, view
-        self.shape = GangShape(sweep.resources.layout, sweep.resources.cpus, sweep.resources.gpus)
-        self.plan = plan
-        """Only learning rates that join while it runs need it."""
+        self.cluster, self.plan = cluster, plan
+        """The plan is only needed by learning rates that join while it runs."""
         cells = _cells(store, sweep_id, confirmations)
-        sizes = micro_batch_sizes([trial.config for trial in cells], sweep.resources)
+        own = [sweep.resources.of(one.arm, one.axes) for one in cells]
+        sizes = micro_batch_sizes([(one.config, resources) for one, resources in zip(cells, own, strict=True)])
+        pool = GangPool(cluster, (GangShape.of(one) for one in own), sweep.resources, store, sweep_id, view, self.clock)
         self.sweep_run = SweepRun(
             sweep=sweep,
             sweep_id=sweep_id,
@@ -91,14 +95,20 @@ class Controller:
             home=home,
             view=view,
             clock=self.clock,
-            pool=GangPool(cluster, self.shape, store, sweep_id, view),
+            pool=pool,
             search=Search(sweep.name, cells, sweep.prune.divergence),
-            trials=KnownTrials(store, sweep_id, self.clock),
+            trials=KnownTrials(
+                store, sweep_id, self.clock, lambda trial: GangShape.of(sweep.resources.of(trial.arm, trial.axes))
+            ),
+            pace=pool.pace,
             disk=DiskWatch(home),
             announcer=Announcer(sweep, sweep_id, store, view, webhook),
             micro_batches={trial.fingerprint: size for trial, size in zip(cells, sizes, strict=True)},
         )
-        self.trials, self.pool = self.sweep_run.trials, self.sweep_run.pool
+        self.trials, self.pool = self.sweep_run.trials, pool
+        self.schedule = Schedule(pool, self.trials, self.running, self.clock, view.tell)
+        self.news: list[Gang] = []
+        self.shown_at = -float("inf")
         self.orders = Orders(store, sweep_id, sweep.resources)
         self.pruning = RankPruning(self.sweep_run)
         self.stopping = Stopping()
@@ -157,12 +167,12 @@ class Controller:
             self._refresh()
             self._check_budget()
             self._work()
-            self.view.tick(self._snapshot())
+            self._show()
             if not self.running and (self.stopping or not self._unfinished()):
                 break
             if self.stopping.is_overdue(self.sweep_run):
                 self._abandon()
-            self.clock.sleep(POLL_SECONDS)
+            self._wait()
         if self.stopping.wish and self._unfinished():
             kind = BudgetUsedUp if self.stopping.wish.kind == "budget" else SweepStopped
             raise kind(self.stopping.reason)
@@ -174,20 +184,30 @@ class Controller:
         self.stopping.request(reason)
 
     def _work(self) -> None:
-        """Trials onto gangs, and what runs a bit further."""
-        self.pruning.work()
-        waiting = self.pruning.launchable(self._waiting())
-        at_work = sum(attempt.landing is None for attempt in self.running)
-        self.pool.start(len(waiting) + at_work, self.orders.max_gangs(self.shape))
-        for gang, trial in zip(self.pool.idle(), waiting, strict=False):
-            self._launch(gang, trial)
-        for attempt in list(self.running):
+        """What runs a bit further, and trials onto gangs: those that have ended make room at once."""
+        for attempt in self._to_follow():
             self._follow(attempt)
+        self.pool.follow_starts()
+        self.pool.heed_caps(*self.orders.caps())
+        self.pruning.work()
+        self.trials.wake()
+        if not self.stopping and not self.sweep_run.disk.is_full(self.view.tell):
+            queues = self.pruning.queues() if self.pruning.is_declared else self.trials.queues
+            for gang, trial in self.schedule.turn(queues, self.orders.caps()):
+                self._launch(gang, trial)
 
-    def _waiting(self) -> list[TrialRow]:
-        if self.stopping or self.sweep_run.disk.is_full(self.view.tell):
-            return []
-        return self.trials.waiting()
+    def _to_follow(self) -> list[RunningAttempt]:
+        """Those with news, and each now and then: with thousands at work, less often."""
+        due = self.clock.monotonic() - self._poll_seconds()
+        news = {id(gang) for gang in self.news}
+        return [one for one in self.running if one.followed_at <= due or id(one.gang) in news]
+
+    def _poll_seconds(self) -> float:
+        return max(POLL_SECONDS, SECONDS_A_POLL * len(self.running)) if POLL_SECONDS else 0.0
+
+    def _wait(self) -> None:
+        gangs = [gang for gang in self.pool.gangs if gang.state in (GangState.STARTING, GangState.BUSY)]
+        self.news = self.cluster.wait(gangs, self._poll_seconds())
 
     def _launch(self, gang: Gang, trial: TrialRow) -> None:
         launched = launch(self.sweep_run, gang, trial)
@@ -212,17 +232,22 @@ class Controller:
 
     def _refresh(self, now: bool = False) -> None:
         if now or self.clock.monotonic() - self.trials.read_at > REFRESH_SECONDS:
-            self._grow()
-            choose_rates(self.store, self.sweep.name, self.confirmations, self.view.tell)
-            self.trials.read()
+            grows = self._grow()
+            self.trials.read(everything=grows)
+            if choose_rates(
+                self.store, self.sweep.name, self.confirmations, self.view.tell, self.trials.by_fingerprint
+            ):
+                self.trials.read(everything=True)
+            self.pool.read_nodes()
             self._cancel(self.orders.to_cancel())
 
-    def _grow(self) -> None:
+    def _grow(self) -> bool:
         if self.plan is None or self.sweep.growing_rates is None:
-            return
+            return False
         grown = grow_rates(self.store, self.plan, self.view.tell)
         self.plan, self.confirmations = grown.plan, grown.confirmations
         self.sweep_run.add([*self.plan.trials, *self.plan.confirming])
+        return True
 
     def _cancel(self, fingerprints: set[str]) -> None:
         for attempt in self.running:
@@ -235,15 +260,21 @@ class Controller:
         if reason is not None and not self.stopping:
             self.stopping.stop_all(self.sweep_run, Wish("budget", "budget", reason))
 
+    def _show(self) -> None:
+        now = self.clock.monotonic()
+        if not self.running or now - self.shown_at >= self._poll_seconds():
+            self.shown_at = now
+            self.view.tick(self._snapshot())
+
     def _snapshot(self) -> Snapshot:
-        counts = Counter(trial.state for trial in self.trials.rows)
+        counts = self.trials.counts
         return Snapshot(
             sweep=self.sweep.name,
             states={state: counts[state] for state in STATES if counts[state]},
             running=tuple(attempt.line() for attempt in self.running),
             gangs_starting=self.pool.num_starting,
             seconds=self.clock.monotonic() - self.started,
-            eta_seconds=eta_seconds(self.running, [one for one in self.trials.rows if one.state == "WAITING"]),
+            eta_seconds=eta_seconds(self.running, self.trials.steps_waiting),
             stopping=self.stopping.reason,
         )
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from orchestrator.gang import GangShape
 from orchestrator.store import BUDGET_EXTENDED, CANCEL_WANTED, CAP_SET, EventRow, Store
 from orchestrator.sweep import ResourcesConfig
 
@@ -32,15 +31,10 @@ class Orders:
         asked = {event.fingerprint: event.at for event in self._store.events(self._sweep_id) if _is_cancel(event)}
         return [one for one in fingerprints if one in asked and asked[one] >= self._store.attempts(one)[-1].started_at]
 
-    def max_gangs(self, shape: GangShape) -> int | None:
-        """How many gangs the caps allow; None: as many as the cluster holds."""
-        limits = []
-        if (trials := self._caps["max_trials"]) is not None:
-            limits.append(int(trials))
-        gpus_per_gang = shape.gpus_per_rank * shape.layout.world_size
-        if (gpus := self._caps["max_gpus"]) is not None and gpus_per_gang:
-            limits.append(int(gpus / gpus_per_gang + 1e-9))
-        return min(limits, default=None)
+    def caps(self) -> tuple[float, float]:
+        """Trials and GPUs that may be in use at once; inf: as many as the cluster holds."""
+        trials, gpus = self._caps["max_trials"], self._caps["max_gpus"]
+        return float("inf") if trials is None else trials, float("inf") if gpus is None else gpus
 
     def _new(self) -> list[EventRow]:
         events = self._store.events(self._sweep_id, self._after)

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from orchestrator.controller.known_trials import Place
 from orchestrator.controller.running import RunningAttempt
 from orchestrator.controller.sweep_run import SweepRun
 from orchestrator.failures import Wish
+from orchestrator.gang import GangShape
 from orchestrator.plan import LR
 from orchestrator.scaling import RankedTrial, RankPolicy, RungPoint, loss_at, rung_point
 from orchestrator.store import RankDecision, TrialRow
@@ -50,10 +52,20 @@ class RankPruning:
             self._heed(attempt)
         self._prune(judged)
 
-    def launchable(self, waiting: Sequence[TrialRow]) -> list[TrialRow]:
-        """Of the trials that wait, those that may train on; the ones that only audit come last."""
-        if self._policy is None:
-            return list(waiting)
+    @property
+    def is_declared(self) -> bool:
+        return self._policy is not None
+
+    def queues(self) -> dict[GangShape, list[Place]]:
+        """Of the trials that wait, those that may train on, by shape; the ones that only audit come last."""
+        queues: dict[GangShape, list[Place]] = {}
+        place = 0
+        for trial in self._launchable(self._run.trials.waiting()):
+            place = max(place, trial.position)
+            queues.setdefault(self._run.trials.shape(trial), []).append((place, trial.fingerprint))
+        return queues
+
+    def _launchable(self, waiting: Sequence[TrialRow]) -> list[TrialRow]:
         free = [trial for trial in waiting if self._may_train(trial.fingerprint)]
         dropped = [(one.arm, dict(one.axes), lr) for one in self._decided or () for lr in one.dropped]
         return sorted(free, key=lambda trial: (trial.arm, self._axes(trial), trial.config.train.lr) in dropped)

@@ -18,7 +18,7 @@ from models import run_dir
 from models.run_dir import AttemptSpec, Record, StepRecord, ValidationRecord
 from orchestrator.controller.provenance import data_hashes, provenance
 from orchestrator.controller.resume import attempt_dir
-from orchestrator.gang import Cluster, Gang, GangEnd, GangShape, GangState
+from orchestrator.gang import Cluster, Gang, GangEnd, GangShape, GangState, refuse_too_large
 from orchestrator.store import FINISHED, REPRODUCED, AttemptRow, Curve, Store, TrialRow
 from orchestrator.sweep import UserError
 
@@ -69,7 +69,7 @@ def reproduce(
     run_dir.write_json(spec.attempt_dir / "attempt.json", spec)
     ranks = last.layout.world_size
     shape = GangShape(last.layout, (last.cpus or ranks) / ranks, (last.gpus or 0.0) / ranks)
-    cluster.capacity(shape)
+    refuse_too_large(shape, cluster.rooms())
     gang = cluster.start_gang(shape, spec.threads_per_rank)
     try:
         hosts = _train(gang, spec, trial.end_step, tell)

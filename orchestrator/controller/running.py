@@ -30,7 +30,12 @@ class RunningAttempt:
     row: AttemptRow
     spec: AttemptSpec
     gang: Gang
+    begun_at: float
+    """Like all moments here, in the clock's time."""
     offset: int = 0
+    followed_at: float = 0.0
+    observed_at: float = 0.0
+    """When its last step was read."""
     wish: Wish | None = None
     landing: Landing | None = None
     """Once all is measured, and the gang may be at the next trial: what the end still waits for."""
@@ -51,8 +56,8 @@ class RunningAttempt:
     def steps_left(self) -> int:
         return self.trial.config.train.num_steps - self.step
 
-    def observe(self, record: StepRecord) -> None:
-        self.last = record
+    def observe(self, record: StepRecord, now: float) -> None:
+        self.last, self.observed_at = record, now
         self._recent_seconds.append(self.trial.config.train.batch_tokens / record.tokens_per_second)
 
     def note(self, progress: tuple[int, int], now: float) -> None:
@@ -104,12 +109,12 @@ class RunningAttempt:
         return f"{words[result.state]} {self.name}: {result.reason}"
 
 
-def eta_seconds(running: Sequence[RunningAttempt], waiting: Sequence[TrialRow]) -> float | None:
+def eta_seconds(running: Sequence[RunningAttempt], steps_waiting: int) -> float | None:
     """Steps left at the pace of the running trials, shared by the gangs at work. Divergence makes it shorter."""
     known = [pace for attempt in running if (pace := attempt.step_seconds()) is not None]
     if not known:
         return None
-    left = sum(trial.config.train.num_steps for trial in waiting) + sum(attempt.steps_left for attempt in running)
+    left = steps_waiting + sum(attempt.steps_left for attempt in running)
     return left * (sum(known) / len(known)) / len(running)
 
 

@@ -7,7 +7,7 @@ choice over its hole would favour the rate that was lucky: it waits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from orchestrator.plan import Confirmation
 from orchestrator.scaling import CellResult, best_learning_rate
@@ -15,11 +15,16 @@ from orchestrator.store import FINISHED, Store, TrialRow, find_choice
 
 
 def choose_rates(
-    store: Store, sweep_name: str, confirmations: Sequence[Confirmation], tell: Callable[[str], None]
+    store: Store,
+    sweep_name: str,
+    confirmations: Sequence[Confirmation],
+    tell: Callable[[str], None],
+    known: Mapping[str, TrialRow] | None = None,
 ) -> int:
     """Choose what can be chosen now and add its confirming trials; returns how many arms that were.
 
-    Idempotent: a choice is stored with the trials that made it, and the same trials choose once.
+    Idempotent: a choice is stored with the trials that made it, and the same trials choose once. ``known``: the trials
+    by fingerprint, where they have been read.
     """
     if not confirmations:
         return 0
@@ -27,7 +32,7 @@ def choose_rates(
     open_ones = [one for one in confirmations if find_choice(sweep.verdict, one) is None]
     if not open_ones:
         return 0
-    trials = {trial.fingerprint: trial for trial in store.trials(sweep.id)}
+    trials = known or {trial.fingerprint: trial for trial in store.trials(sweep.id)}
     count = 0
     for one in open_ones:
         selecting = [trials[fingerprint] for fingerprint in one.selection]

@@ -11,6 +11,7 @@ from orchestrator.controller.clock import Clock
 from orchestrator.controller.disk import DiskWatch
 from orchestrator.controller.gang_pool import GangPool
 from orchestrator.controller.known_trials import KnownTrials
+from orchestrator.controller.pace import Pace
 from orchestrator.controller.running import RunningAttempt
 from orchestrator.controller.snapshot import View
 from orchestrator.plan import PlannedTrial
@@ -39,6 +40,7 @@ class SweepRun:
     announcer: Announcer
     micro_batches: dict[str, int]
     """Sequences that a rank takes at once, by fingerprint."""
+    pace: Pace
     running: list[RunningAttempt] = field(default_factory=list)
 
     def add(self, trials: Sequence[PlannedTrial]) -> None:

@@ -7,6 +7,7 @@ import importlib
 import os
 import socket
 import tempfile
+import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +19,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrator.gang import detached
 from orchestrator.gang.ending import RankError, words
-from orchestrator.gang.gangs import Gang, GangShape
+from orchestrator.gang.gangs import Gang
 from orchestrator.gang.lease_file import GangLease
 from orchestrator.gang.ranks import source_hash
+from orchestrator.gang.shapes import GangShape, NodeRoom, units
 from orchestrator.sweep import UserError
 
 CONNECT_SECONDS = 10.0
@@ -77,35 +79,33 @@ class Cluster:
         if self._meetings is not None:
             self._meetings.cleanup()
 
-    def capacity(self, shape: GangShape, excluded_nodes: Collection[str] = ()) -> int:
-        """Gangs of this shape that the living nodes hold together, whoever uses them now.
-
-        Raises UserError when they cannot hold one.
-        """
-        per_node = []
-        for node in ray.nodes():
-            if node["Alive"] and node["NodeID"] not in excluded_nodes:
-                have = node["Resources"]
-                per_node.append(min(int(have.get(name, 0) // amount) for name, amount in shape.bundle.items()))
-        ranks = sum(per_node)
-        if ranks < shape.layout.world_size:
-            raise UserError(
-                f"resources: a gang asks for {shape}, and the cluster holds {ranks} such rank(s): "
-                f"{ {name: amount for name, amount in ray.cluster_resources().items() if name in ('CPU', 'GPU')} }"
-            )
-        return ranks // shape.layout.world_size
+    def rooms(self) -> list[NodeRoom]:
+        """The living nodes with what is free of them, whoever holds the rest. Some tenths of a second old."""
+        state: Any = importlib.import_module("ray._private.state")
+        available = state.available_resources_per_node()
+        return [
+            NodeRoom(node["NodeID"], units(node["Resources"]), units(available.get(node["NodeID"], node["Resources"])))
+            for node in ray.nodes()
+            if node["Alive"]
+        ]
 
     def start_gang(
-        self,
-        shape: GangShape,
-        num_threads: int,
-        excluded_nodes: Collection[str] = (),
-        lease: GangLease | None = None,
+        self, shape: GangShape, num_threads: int, nodes: Sequence[str] = (), lease: GangLease | None = None
     ) -> Gang:
-        """With a lease, on a cluster that outlives this driver, the gang does so, too, until the lease is over."""
+        """``nodes``: where each bundle is to be; without, Ray chooses. With a lease, on a cluster that outlives this
+        driver, the gang does so, too, until the lease is over."""
         meetings = None if self._meetings is None else Path(self._meetings.name)
         lasting = lease if self.outlives_driver else None
-        return Gang(shape, num_threads, self._driver_hash, excluded_nodes, meetings, lasting)
+        return Gang(shape, num_threads, self._driver_hash, nodes, meetings, lasting)
+
+    def wait(self, gangs: Collection[Gang], seconds: float) -> list[Gang]:
+        """The gangs of which something has ended; waits for the first such news, at most so long."""
+        of = {one: gang for gang in gangs for one in gang.awaited()}
+        if not of:
+            time.sleep(seconds)
+            return []
+        done, _ = ray.wait(list(of), num_returns=1, timeout=seconds)
+        return list({id(of[one]): of[one] for one in done}.values())
 
     def find_gangs(self, wanted: Sequence[detached.Wanted]) -> list[Gang | str]:
         """Gangs that an earlier driver left: for each the gang, which goes on, or why it can't be adopted."""

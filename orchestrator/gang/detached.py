@@ -11,8 +11,9 @@ import ray
 from ray.util.placement_group import remove_placement_group
 
 from orchestrator.gang.ending import words
-from orchestrator.gang.gangs import Gang, GangShape
+from orchestrator.gang.gangs import Gang
 from orchestrator.gang.orphan import group_name, rank_name
+from orchestrator.gang.shapes import GangShape
 
 ANSWER_SECONDS = 10.0
 """How long the ranks of all gangs together are given to say who they are."""

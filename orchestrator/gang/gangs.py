@@ -1,52 +1,35 @@
-"""A gang in the driver: its shape, its ranks, and at most one attempt."""
+"""A gang in the driver: its ranks, and at most one attempt."""
 
 from __future__ import annotations
 
 import enum
 import secrets
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from models import trust
-from models.config import Layout
 from models.run_dir import AttemptSpec, Summary
 from orchestrator.gang.ending import RAISED, blame, death, exit_code, words
 from orchestrator.gang.lease_file import GangLease
 from orchestrator.gang.orphan import group_name, rank_name
 from orchestrator.gang.ranks import RankActor
+from orchestrator.gang.shapes import GangShape
 
 STACKS_SECONDS = 10.0
 DEATH_NEWS_SECONDS = 5.0
 """How long a gang with a failed rank is given to show a dead one: the survivors' broken collectives are told first."""
-
-
-@dataclass(frozen=True)
-class GangShape:
-    """What a gang asks of the cluster: a bundle of CPUs and GPUs for each rank of a layout."""
-
-    layout: Layout
-    cpus_per_rank: float
-    gpus_per_rank: float
-
-    @property
-    def device(self) -> str:
-        return "cuda" if self.gpus_per_rank else "cpu"
-
-    @property
-    def bundle(self) -> dict[str, float]:
-        resources = {"CPU": self.cpus_per_rank, "GPU": self.gpus_per_rank}
-        return {name: amount for name, amount in resources.items() if amount}
-
-    def __str__(self) -> str:
-        bundle = " + ".join(f"{amount:g} {name}" for name, amount in self.bundle.items())
-        return f"{self.layout.world_size} rank(s) x {bundle}"
 
 
 class GangState(enum.Enum):
@@ -98,23 +81,22 @@ class Gang:
         shape: GangShape,
         num_threads: int,
         driver_hash: str,
-        excluded_nodes: Collection[str] = (),
+        nodes: Sequence[str] = (),
         meetings: Path | None = None,
         lease: GangLease | None = None,
     ) -> None:
-        """``meetings``: a folder for ranks that are all on this host; torch's store listens on every interface.
+        """``nodes``: Ray's id of the node of each bundle; without, Ray chooses by the shape's placement. ``meetings``:
+        a folder for ranks that are all on this host; torch's store listens on every interface.
 
         With a lease the gang outlives this process, until the lease is over; without, it dies with it.
         """
         layout, gang_id = shape.layout, secrets.token_hex(4)
-        elsewhere = {"ray.io/node-id": f"!in({','.join(sorted(excluded_nodes))})"} if excluded_nodes else {}
-        # Tensor-parallel ranks talk at every layer: a gang that can be on one node is.
         group = placement_group(
-            [shape.bundle] * layout.world_size,
-            strategy="PACK",
+            [shape.bundle] * shape.num_bundles,
+            strategy="PACK" if nodes else shape.placement.upper(),
             name=group_name(gang_id),
             lifetime="detached" if lease else None,
-            bundle_label_selector=[elsewhere] * layout.world_size if elsewhere else None,
+            bundle_label_selector=[{"ray.io/node-id": f"in({node})"} for node in nodes] or None,
         )
         self._hold(shape, gang_id, group, GangState.STARTING)
         self.is_detached = lease is not None
@@ -145,6 +127,7 @@ class Gang:
     def _hold(self, shape: GangShape, gang_id: str, group: PlacementGroup, state: GangState) -> None:
         self.shape, self.gang_id, self._group, self.state = shape, gang_id, group, state
         self._trains: list[Any] = []
+        self._seen: set[Any] = set()
         self._progress: Any = None
         self._token = ""
         self._landing: Landing | None = None
@@ -161,16 +144,28 @@ class Gang:
             num_gpus=self.shape.gpus_per_rank,
             max_restarts=0,
             scheduling_strategy=PlacementGroupSchedulingStrategy(
-                placement_group=self._group, placement_group_bundle_index=rank
+                placement_group=self._group, placement_group_bundle_index=rank // self.shape.ranks_per_bundle
             ),
             runtime_env={"env_vars": {"OMP_NUM_THREADS": str(num_threads)}},
         ).remote(rank, self.shape.layout.model_dump_json(), self.shape.device, num_threads, self.gang_id, lease)
+
+    def is_placed(self) -> bool:
+        """Whether the cluster has given the gang its room."""
+        return str(placement_group_table(self._group)["state"]) == "CREATED"
+
+    def awaited(self) -> list[Any]:
+        """Ray's references that have not been seen done: one of them done is news."""
+        if self.state is GangState.DEAD:
+            return []
+        asked = self._joins if self.state is GangState.STARTING else self._trains
+        return [one for one in asked if one not in self._seen]
 
     def poll_start(self) -> str | None:
         """IDLE once every rank is up; the error that kept the gang from starting, if one did."""
         if self.state is not GangState.STARTING:
             return None
         done, waiting = ray.wait(self._joins, num_returns=len(self._joins), timeout=0)
+        self._seen = set(done)
         try:
             # A rank that failed is worth telling before the others have given up waiting for it.
             ray.get(done)
@@ -184,6 +179,7 @@ class Gang:
     def launch(self, spec: AttemptSpec) -> None:
         assert self.state is GangState.IDLE, self.state
         self._trains = [rank.train.remote(spec.model_dump_json()) for rank in self._ranks]
+        self._seen = set()
         self._progress = self._failed_since = None
         self._token = spec.token
         self.num_attempts += 1
@@ -223,6 +219,7 @@ class Gang:
         One that is complete lands first: it ends when its ``landing`` says so, and the gang waits to be set free.
         """
         done, waiting = ray.wait(self._trains, num_returns=len(self._trains), timeout=0)
+        self._seen = set(done)
         answers = {self._trains.index(train): _answer(train) for train in done}
         errors = _errors(answers)
         if errors:

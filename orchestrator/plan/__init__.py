@@ -29,7 +29,16 @@ from orchestrator.plan.files import Files
 from orchestrator.plan.fit import memory_needed, memory_refusals, micro_batch_sizes
 from orchestrator.plan.refusals import refusals
 from orchestrator.plan.resolve import cell_config, matched
-from orchestrator.sweep import Derived, DocumentPath, ExtendedRates, GrowingRates, Problems, Sweep, UserError
+from orchestrator.sweep import (
+    Derived,
+    DocumentPath,
+    ExtendedRates,
+    GrowingRates,
+    Problems,
+    ResourcesConfig,
+    Sweep,
+    UserError,
+)
 
 MAX_TRIALS = 100_000
 
@@ -60,7 +69,8 @@ class PlannedTrial:
     seed: int
     config: TrialConfig
     fingerprint: str
-    layout: Layout
+    resources: ResourcesConfig
+    """The cell's own."""
     num_parameters: int
     training_flops: int
     """Of the whole trial, validation not counted."""
@@ -70,6 +80,10 @@ class PlannedTrial:
     """Sequences that a rank takes at once."""
     memory: RankMemory
     """Of the rank that needs most."""
+
+    @property
+    def layout(self) -> Layout:
+        return self.resources.layout
 
 
 @dataclass(frozen=True)
@@ -171,6 +185,8 @@ class _Cell:
     axes: dict[str, Any]
     leaves: Leaves
     config: TrialConfig
+    resources: ResourcesConfig
+    """Its own."""
 
     @property
     def name(self) -> str:
@@ -199,15 +215,15 @@ def expand(sweep: Sweep, *, files_may_be_absent: bool = False) -> Plan:
     for cell in cells:
         config, reasons = cell.config, []
         try:
-            config = matched(config, sweep, cell.arm)
+            config = matched(config, sweep, cell.arm, cell.resources)
         except ValueError as error:
             reasons.append(f"match {sweep.match.by} is impossible: {error}")
-        reasons += refusals(config, sweep.resources)
-        reasons = reasons or memory_refusals(config, sweep.resources, refusals)
+        reasons += refusals(config, cell.resources)
+        reasons = reasons or memory_refusals(config, cell.resources, refusals)
         if reasons:
             refused.append(Refusal(cell.arm, cell.axes, "; ".join(reasons)))
         else:
-            runnable.append(_Cell(cell.arm, cell.axes, cell.leaves, config))
+            runnable.append(replace(cell, config=config))
     _refuse_identical(sweep, runnable)
     _refuse_other_measures(sweep, runnable)
     trials = _in_order(sweep, runnable)
@@ -241,6 +257,7 @@ def _cells(sweep: Sweep, files: Files) -> list[_Cell]:
     cells: list[_Cell] = []
     errors: dict[tuple[DocumentPath, str, bool], set[str]] = {}
     used_entries: set[int] = set()
+    used_rules: set[int] = set()
     for arm in sweep.arms:
         for assignment in assignments(sweep):
             try:
@@ -249,7 +266,9 @@ def _cells(sweep: Sweep, files: Files) -> list[_Cell]:
                 matching = [index for index, entry in enumerate(sweep.exclude) if excluded_by(entry, arm, axes)]
                 used_entries.update(matching)
                 if not matching:
-                    cells.append(_Cell(arm, axes, leaves, cell_config(arm, leaves, files)))
+                    own = sweep.resources.of(arm, axes)
+                    used_rules.update(i for i, rule in enumerate(sweep.resources.by) if rule.matches(arm, axes))
+                    cells.append(_Cell(arm, axes, leaves, cell_config(arm, leaves, files), own))
             except CellError as error:
                 errors.setdefault((error.source, error.message, error.on_key), set()).add(arm)
     problems = Problems(sweep.places)
@@ -259,6 +278,10 @@ def _cells(sweep: Sweep, files: Files) -> list[_Cell]:
     for index in range(len(sweep.exclude)):
         if index not in used_entries and not errors:
             problems.add(("exclude", index), "matches no cell; allowed: an entry that drops at least one")
+    for index in range(len(sweep.resources.by)):
+        if index not in used_rules and not errors:
+            place = ("resources", "by", index, "where")
+            problems.add(place, "matches no cell; allowed: a rule that at least one takes")
     problems.raise_if_any()
     _refuse_empty(sweep, cells)
     _refuse_overrides_in_vain(sweep, cells)
@@ -387,9 +410,10 @@ def _confirmations(sweep: Sweep, cells: list[_Cell], selection: tuple[PlannedTri
 
 def _prices(sweep: Sweep, cells: list[_Cell]) -> list[dict[str, Any]]:
     """What a trial of each cell costs: the fields of PlannedTrial that no seed changes."""
-    sizes = micro_batch_sizes([cell.config for cell in cells], sweep.resources)
+    sizes = micro_batch_sizes([(cell.config, cell.resources) for cell in cells])
     prices = []
-    for config, micro_batch in zip((cell.config for cell in cells), sizes, strict=True):
+    for cell, micro_batch in zip(cells, sizes, strict=True):
+        config = cell.config
         shape = config.model, config.gates, config.data.vocab_size
         flops_per_token = accounting.training_flops_per_token(*shape, config.data.sequence_length)
         prices.append(
@@ -398,7 +422,8 @@ def _prices(sweep: Sweep, cells: list[_Cell]) -> list[dict[str, Any]]:
                 "num_active_parameters": accounting.active_parameters(*shape),
                 "training_flops": flops_per_token * config.train.num_steps * config.train.batch_tokens,
                 "micro_batch_sequences": micro_batch,
-                "memory": memory_needed(config, sweep.resources, micro_batch),
+                "memory": memory_needed(config, cell.resources, micro_batch),
+                "resources": cell.resources,
             }
         )
     return prices
@@ -413,6 +438,5 @@ def _trial(sweep: Sweep, cell: _Cell, seed: int, price: dict[str, Any]) -> Plann
         seed=seed,
         config=config,
         fingerprint=config.fingerprint(),
-        layout=sweep.resources.layout,
         **price,
     )

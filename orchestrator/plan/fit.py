@@ -2,7 +2,7 @@
 
 A micro-batch belongs to the attempt. A dense model's numbers do not depend on it beyond rounding. Megatron's
 load-balancing loss of experts does, for it weighs a micro-batch by the choices counted in the batch so far: cells with
-experts that share a batch size therefore share a micro-batch, so that no arm differs by it.
+experts that share a batch size (and ``layout.data``) therefore share a micro-batch, so that no arm differs by it.
 """
 
 from __future__ import annotations
@@ -18,22 +18,30 @@ NUM_MENDS = 3
 """How many layouts a refusal names that would do."""
 
 
-def micro_batch_sizes(configs: Sequence[TrialConfig], resources: ResourcesConfig) -> list[int]:
-    """Sequences that a rank takes at once, for each config; where nothing fits, the least that there is."""
-    if resources.micro_batch_sequences is not None:
-        return [resources.micro_batch_sequences] * len(configs)
-    limit = _limit(resources)
-    found: dict[str, int] = {}
-    shared: dict[int, int] = {}
-    for config in configs:
-        key = _key(config)
+def micro_batch_sizes(cells: Sequence[tuple[TrialConfig, ResourcesConfig]]) -> list[int]:
+    """Sequences that a rank takes at once, for each config and its resources; where nothing fits, the least."""
+    found: dict[tuple[str, str], int] = {}
+    shared: dict[tuple[int, int], int] = {}
+    keys = [_size_key(config, resources) for config, resources in cells]
+    for key, (config, resources) in zip(keys, cells, strict=True):
         if key not in found:
-            largest = largest_micro_batch(config, resources.layout, resources.device, limit)
-            found[key] = largest or micro_batches(config, resources.layout)[-1]
+            found[key] = resources.micro_batch_sequences or _largest(config, resources)
         if config.model.moe is not None:
-            batch = config.batch_sequences
+            batch = config.batch_sequences, resources.layout.data
             shared[batch] = min(found[key], shared.get(batch, found[key]))
-    return [found[_key(config)] if config.model.moe is None else shared[config.batch_sequences] for config in configs]
+    return [
+        found[key] if config.model.moe is None else shared[config.batch_sequences, resources.layout.data]
+        for key, (config, resources) in zip(keys, cells, strict=True)
+    ]
+
+
+def _largest(config: TrialConfig, resources: ResourcesConfig) -> int:
+    largest = largest_micro_batch(config, resources.layout, resources.device, _limit(resources))
+    return largest or micro_batches(config, resources.layout)[-1]
+
+
+def _size_key(config: TrialConfig, resources: ResourcesConfig) -> tuple[str, str]:
+    return _key(config), resources.model_dump_json()
 
 
 def memory_needed(config: TrialConfig, resources: ResourcesConfig, micro_batch: int) -> RankMemory:

@@ -23,6 +23,7 @@ def refusals(config: TrialConfig, resources: ResourcesConfig) -> list[str]:
         _context,
         _documents,
         _batch,
+        _one_node,
         backend_refusals,
         _plugins,
     )
@@ -129,6 +130,16 @@ def _batch(config: TrialConfig, resources: ResourcesConfig) -> Iterator[str]:
         yield f"{batch} is not divisible by layout.data {data}"
     elif micro is not None and sequences % (micro * data):
         yield f"{batch} is not divisible by micro_batch_sequences {micro} x layout.data {data}"
+
+
+def _one_node(_config: TrialConfig, resources: ResourcesConfig) -> Iterator[str]:
+    """Tensor ranks share a bundle of Ray's, which deals out parts of one GPU, or whole ones."""
+    ranks, gpus = resources.layout.tensor, resources.gpus
+    if ranks > 1 and gpus * ranks > 1 and not float(gpus).is_integer():
+        yield (
+            f"layout.tensor {ranks} with resources.gpus {gpus:g}: they share {gpus * ranks:g} GPUs of one node; "
+            "allowed: whole GPUs a rank, or all ranks on one GPU"
+        )
 
 
 def _plugins(config: TrialConfig, resources: ResourcesConfig) -> Iterator[str]:

@@ -16,7 +16,7 @@ from models.config import TrainConfig, TrialConfig
 from orchestrator.plan import corpora
 from orchestrator.plan.cells import CellError, Leaf, Leaves, nested
 from orchestrator.plan.files import Files
-from orchestrator.sweep import MatchConfig, Sweep, config_fields
+from orchestrator.sweep import MatchConfig, ResourcesConfig, Sweep, config_fields
 
 _LAYERS = ("resources", "base", "arms", "axes", "zip", "rows")
 """First keys of a place in the file, later ones laid over earlier ones."""
@@ -88,7 +88,7 @@ def _pad_vocabulary(data: dict[str, Any], leaves: Leaves) -> None:
     data["vocab_size"] = padded or tokens
 
 
-def matched(config: TrialConfig, sweep: Sweep, arm: str) -> TrialConfig:
+def matched(config: TrialConfig, sweep: Sweep, arm: str, resources: ResourcesConfig) -> TrialConfig:
     """``config`` with the FFN width of its match; ValueError when there is no such width.
 
     An arm that sets ``model.ffn_size`` itself keeps it.
@@ -97,7 +97,7 @@ def matched(config: TrialConfig, sweep: Sweep, arm: str) -> TrialConfig:
     if match.by == "none" or not config.gates or "ffn_size" in sweep.arms[arm].get("model", {}):
         return config
     multiple = match.ffn_multiple or default_ffn_multiple(config.model)
-    rows = sweep.resources.layout.tensor * (config.fp8.multiple if config.fp8 is not None else 1)
+    rows = resources.layout.tensor * (config.fp8.multiple if config.fp8 is not None else 1)
     multiple = math.lcm(multiple, rows)
     match_width = match_ffn_size if match.by == "parameters" else match_ffn_size_for_flops
     model = config.model.model_copy(update={"ffn_size": match_width(config.model, config.gates, multiple)})

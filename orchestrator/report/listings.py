@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from orchestrator.sweep import SearchedRates
 if TYPE_CHECKING:
     from orchestrator.plan import Plan, PlannedTrial, Refusal
     from orchestrator.store import Store, SweepRow
+    from orchestrator.sweep import ResourcesConfig
 
 NUM_EVENTS = 3
 NUM_FAILED = 5
@@ -125,6 +127,7 @@ def _plan_totals(plan: Plan, known: Mapping[str, str]) -> list[str]:
         flops, flops_left = (sum(trial.training_flops for trial in trials) for trials in (plan.trials, left))
         work = f"{flops_text(flops)} training FLOPs in all, {flops_text(flops_left)} still to do"
         lines.append(f"{span} parameters a trial; {work}")
+        lines += _gang_lines(plan)
         lines += _memory_lines(plan)
     return [*lines, *_growth_lines(plan), *_confirmation_lines(plan, known)]
 
@@ -166,10 +169,27 @@ def _confirmation_lines(plan: Plan, known: Mapping[str, str]) -> list[str]:
     ]
 
 
+def _gang_lines(plan: Plan) -> list[str]:
+    """The shapes of gangs, where there are several."""
+    if not plan.sweep.resources.by:
+        return []
+    shapes = Counter(_gang_text(trial.resources) for trial in plan.trials)
+    counted = [f"{plural(number, 'trial')} on {shape}" for shape, number in shapes.items()]
+    return [f"gangs: {', '.join(counted)}"]
+
+
+def _gang_text(resources: ResourcesConfig) -> str:
+    amounts = ((resources.cpus, "CPU"), (resources.gpus, "GPU"))
+    layout = resources.layout.model_dump(exclude_defaults=True)
+    cut = f" ({', '.join(f'{name} {str(value).lower()}' for name, value in layout.items())})" if layout else ""
+    rank = " + ".join(f"{amount:g} {name}" for amount, name in amounts if amount)
+    return f"{plural(resources.layout.world_size, 'rank')}{cut} x {rank}"
+
+
 def _memory_lines(plan: Plan) -> list[str]:
     """The parts of the largest memory, what there is, and what a micro-batch means where it matters."""
-    resources, fullest = plan.sweep.resources, max(plan.trials, key=lambda trial: trial.memory.total)
-    memory, layout = fullest.memory, fullest.layout
+    fullest = max(plan.trials, key=_fill)
+    memory, layout, resources = fullest.memory, fullest.layout, fullest.resources
     names = ("weights", "gradients", "optimizer", "activations", "working")
     parts = ", ".join(f"{name} {memory_text(getattr(memory, name))}" for name in names)
     where = f" (stage {memory.stage} of {layout.pipeline})" if layout.pipeline > 1 else ""
@@ -186,6 +206,11 @@ def _memory_lines(plan: Plan) -> list[str]:
             f"{', '.join(map(str, sizes))} sequence(s), the same for all arms of a batch size"
         )
     return lines
+
+
+def _fill(trial: PlannedTrial) -> tuple[float, int]:
+    """How full a rank is where its memory has a limit; then what it needs."""
+    return trial.memory.total / (trial.resources.rank_memory_gib or math.inf), trial.memory.total
 
 
 def _num_micro_batches(trial: PlannedTrial) -> int:

@@ -148,12 +148,13 @@ def _trial_results(store: Store, sweep: SweepRow, tail: float) -> list[TrialResu
     stamps = {one.fingerprint: one.message.partition(":")[0] for one in store.events(kind=REPRODUCED)}
     found = []
     for outcome in store.outcomes(sweep.id, tail):
-        if outcome.precision not in peaks:
-            peaks[outcome.precision] = resources.rank_peak_flops(outcome.precision)
+        own = resources.of(outcome.arm, outcome.axes) if resources.by else resources
+        if outcome.precision not in peaks or resources.by:
+            peaks[outcome.precision] = own.rank_peak_flops(outcome.precision)
         # What another sweep trained may have run on other devices.
         trained_in = outcome.trained_in if outcome.trained_in != sweep.name else None
         peak = peaks[outcome.precision] if trained_in is None else None
-        made = _trial_result(outcome, trained_in, peak, resources.layout.world_size, layouts)
+        made = _trial_result(outcome, trained_in, peak, own.layout.world_size, layouts)
         found.append(replace(made, reproduced=stamps[made.fingerprint]) if made.fingerprint in stamps else made)
     return found
 

@@ -33,6 +33,7 @@ def start(
     resumed_from: int | None,
     cpus: float | None = None,
     gpus: float | None = None,
+    hosts: Sequence[str] = (),
 ) -> AttemptRow:
     """Claim a WAITING trial and open its next attempt."""
     leases.check(connection, lease)
@@ -58,6 +59,7 @@ def start(
         "resumed_from_attempt": resumed_from,
         "cpus": cpus,
         "gpus": gpus,
+        "hosts": list(hosts) or None,
         "started_at": now,
     }
     return attempt_row(connection.execute(insert(attempt).values(**values).returning(*attempt.c)).mappings().one())
@@ -76,11 +78,6 @@ def has_ended(connection: Connection, attempt: AttemptRow, cause: str, reason: s
     table = schema.attempt
     ended = (table.c.id == attempt.id, table.c.ended_at.is_not(None), table.c.cause == cause, table.c.reason == reason)
     return connection.execute(select(table.c.id).where(*ended)).one_or_none() is not None
-
-
-def set_hosts(connection: Connection, lease: Lease, attempt: AttemptRow, hosts: Sequence[str]) -> None:
-    leases.check(connection, lease)
-    connection.execute(update(schema.attempt).where(schema.attempt.c.id == attempt.id).values(hosts=list(hosts)))
 
 
 def record(connection: Connection, lease: Lease, attempt: AttemptRow, records: Sequence[Record]) -> None:

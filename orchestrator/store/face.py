@@ -148,9 +148,9 @@ class Store:
         """UserError, with the nearest name, when there is none."""
         return self._read(reader.sweep, name)
 
-    def trials(self, sweep_id: int) -> list[TrialRow]:
-        """The sweep's current trials, by position."""
-        return self._read(reader.trials, sweep_id)
+    def trials(self, sweep_id: int, changed_since: datetime | None = None) -> list[TrialRow]:
+        """The sweep's current trials, by position; or those that were written since, by the writers' clocks."""
+        return self._read(reader.trials, sweep_id, changed_since)
 
     def outcomes(self, sweep_id: int, tail: float) -> list[Outcome]:
         """The sweep's current trials by position with what was measured of them, fast: what its tables are made of."""
@@ -239,12 +239,13 @@ class Store:
         resumed_from: int | None = None,
         cpus: float | None = None,
         gpus: float | None = None,
+        hosts: Sequence[str] = (),
     ) -> AttemptRow:
         """Claim a WAITING trial; TrialTaken when it is not (another sweep's controller may run it).
 
         ``cpus`` and ``gpus`` are what its whole gang holds: what budgets are charged.
         """
-        given = (layout, provenance, resume_step, resumed_from, cpus, gpus)
+        given = (layout, provenance, resume_step, resumed_from, cpus, gpus, hosts)
         waits = self._num_waits
         try:
             return self._write(attempts.start, lease, fingerprint, *given)
@@ -254,9 +255,6 @@ class Store:
             if own is None:
                 raise
             return own
-
-    def set_hosts(self, lease: Lease, attempt: AttemptRow, hosts: Sequence[str]) -> None:
-        self._write(attempts.set_hosts, lease, attempt, hosts)
 
     def record(self, lease: Lease, attempt: AttemptRow, records: Sequence[Record]) -> None:
         """Keep records, in bulk; those already there stay."""

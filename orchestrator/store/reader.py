@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from datetime import datetime
 from typing import Any
 
 from sqlalchemy import JSON, Boolean, Connection, RowMapping, func, select, text
@@ -55,8 +56,8 @@ def _sweep_row(connection: Connection, row: RowMapping) -> SweepRow:
     return SweepRow(arms=tuple(arms), **values)
 
 
-def trials(connection: Connection, sweep_id: int) -> list[TrialRow]:
-    """The current trials of a sweep, in execution order."""
+def trials(connection: Connection, sweep_id: int, changed_since: datetime | None = None) -> list[TrialRow]:
+    """The current trials of a sweep, in execution order; with ``changed_since`` those that were written later."""
     link, trial, attempt = schema.sweep_trial, schema.trial, schema.attempt
     num_attempts = select(func.count()).where(attempt.c.fingerprint == trial.c.fingerprint).scalar_subquery()
     shared = (
@@ -73,6 +74,8 @@ def trials(connection: Connection, sweep_id: int) -> list[TrialRow]:
         .where(link.c.sweep_id == sweep_id, link.c.current)
         .order_by(link.c.position)
     )
+    if changed_since is not None:
+        query = query.where(trial.c.updated_at >= changed_since)
     return [_trial_row(row) for row in connection.execute(query).mappings()]
 
 

@@ -11,13 +11,13 @@ from orchestrator.sweep.notices import NOTICE_KINDS, NoticeKind, NoticesConfig, 
 from orchestrator.sweep.parsing import load, parse
 from orchestrator.sweep.pruning import DivergenceConfig, PruneConfig, RankConfig
 from orchestrator.sweep.rates import ExtendedRates, GrowingRates, SearchedRates, rounded_rate
+from orchestrator.sweep.resources import WARM_BELOW_SECONDS, Placement, ResourcesConfig
 from orchestrator.sweep.settings import (
     CheckpointConfig,
     CountsAs,
     Derived,
     FailureRule,
     MatchConfig,
-    ResourcesConfig,
     RetryConfig,
     Sweep,
     VerdictConfig,
@@ -27,6 +27,7 @@ from orchestrator.sweep.settings import (
 __all__ = [
     "BUDGETS",
     "NOTICE_KINDS",
+    "WARM_BELOW_SECONDS",
     "BudgetConfig",
     "CheckpointConfig",
     "CountsAs",
@@ -40,6 +41,7 @@ __all__ = [
     "MatchConfig",
     "NoticeKind",
     "NoticesConfig",
+    "Placement",
     "Places",
     "Problems",
     "PruneConfig",

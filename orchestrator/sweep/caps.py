@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from orchestrator.sweep.document import UserError
-from orchestrator.sweep.settings import ResourcesConfig
+from orchestrator.sweep.resources import ResourcesConfig
 from orchestrator.sweep.wording import nearest
 
 CAPS = ("max_trials", "max_gpus")

@@ -73,20 +73,25 @@ def read_exclude(
     node: object, arms: Sequence[str], axes: Sequence[str], problems: Problems
 ) -> tuple[dict[str, Any], ...]:
     """``[{arm: g1, train.lr: 1.0}]``: drops the cells that match all keys of an entry."""
-    entries: list[dict[str, Any]] = []
-    for index, item in _items(node, "exclude", problems):
-        path: DocumentPath = ("exclude", index)
-        if not isinstance(item, dict) or not item:
-            problems.add(path, f"got {describe(item)}; allowed: a mapping with keys among arm and the sweep's axes")
-            continue
-        entry = _point({key: value for key, value in item.items() if key != "arm"}, path, list(axes), problems, "arm")
-        if "arm" in item:
-            entry = {"arm": item["arm"], **entry}
-            if item["arm"] not in arms:
-                said = f"got {describe(item['arm'])}; allowed: {', '.join(arms)}{nearest(item['arm'], arms)}"
-                problems.add((*path, "arm"), said)
-        entries.append(entry)
-    return tuple(entries)
+    return tuple(
+        read_where(item, ("exclude", index), arms, axes, problems) for index, item in _items(node, "exclude", problems)
+    )
+
+
+def read_where(
+    item: object, path: DocumentPath, arms: Sequence[str], axes: Sequence[str], problems: Problems
+) -> dict[str, Any]:
+    """``{arm: g1, train.lr: 1.0}``: the cells that match all of it."""
+    if not isinstance(item, dict) or not item:
+        problems.add(path, f"got {describe(item)}; allowed: a mapping with keys among arm and the sweep's axes")
+        return {}
+    entry = _point({key: value for key, value in item.items() if key != "arm"}, path, list(axes), problems, "arm")
+    if "arm" in item:
+        entry = {"arm": item["arm"], **entry}
+        if item["arm"] not in arms:
+            said = f"got {describe(item['arm'])}; allowed: {', '.join(arms)}{nearest(item['arm'], arms)}"
+            problems.add((*path, "arm"), said)
+    return entry
 
 
 def refuse_double_settings(

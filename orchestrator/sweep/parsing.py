@@ -19,11 +19,12 @@ from pydantic import BaseModel, ValidationError
 from orchestrator.sweep.budget import BudgetConfig
 from orchestrator.sweep.document import DocumentPath, Places, Problems, UserError, read_document
 from orchestrator.sweep.fields import check_section, check_value, config_section, known_field, section_of, unknown_key
-from orchestrator.sweep.grammar import read_axes, read_exclude, read_rows, read_zip, refuse_double_settings
+from orchestrator.sweep.grammar import read_axes, read_exclude, read_rows, read_where, read_zip, refuse_double_settings
 from orchestrator.sweep.override import apply_override
 from orchestrator.sweep.pruning import PruneConfig
 from orchestrator.sweep.rates import ExtendedRates, SearchedRates
-from orchestrator.sweep.settings import ArmName, ResourcesConfig, Seed, Settings, Sweep, VerdictConfig
+from orchestrator.sweep.resources import ResourcesConfig
+from orchestrator.sweep.settings import ArmName, Seed, Settings, Sweep, VerdictConfig
 from orchestrator.sweep.wording import describe, nearest
 
 _REQUIRED = ("name", "question", "base", "baseline", "arms", "seeds")
@@ -64,6 +65,7 @@ def parse(text: str, path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
     values |= _cells(tree, problems)
     problems.raise_if_any()
     values["arms"] = _with_controls(values)
+    values["resources"] = _with_rules_checked(values, problems)
     values["extra_baseline_seeds"] = _extra_baseline_seeds(values, problems)
     _refuse_ranks_in_vain(values, problems)
     _refuse_beside_growing_rates(values, problems)
@@ -177,6 +179,18 @@ def _with_controls(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
     if "half-scale" not in values.get("controls", ("half-scale",)) or not gated or has_gates or its_own:
         return arms
     return {**arms, "half-scale": {**arms[values["baseline"]], **HALF_SCALE}}
+
+
+def _with_rules_checked(values: dict[str, Any], problems: Problems) -> ResourcesConfig:
+    """The resources; what their rules compare with is in the type of the axis (``1e6`` as 1000000)."""
+    resources: ResourcesConfig = values.get("resources", ResourcesConfig())
+    varied = [*values["axes"], *(name for part in (*values["zip"], *values["rows"]) for name in part)]
+    rules = []
+    for index, rule in enumerate(resources.by):
+        place = ("resources", "by", index, "where")
+        where = read_where(dict(rule.where), place, list(values["arms"]), varied, problems)
+        rules.append(rule.model_copy(update={"where": where}))
+    return resources.model_copy(update={"by": tuple(rules)})
 
 
 def _all_seeds(node: object, problems: Problems, rates_vary: bool) -> dict[str, tuple[int, ...]]:

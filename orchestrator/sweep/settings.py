@@ -10,18 +10,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, model_validator
 
-from models.accounting import ACCELERATORS, AcceleratorName
-from models.config import Backend, Count, DiagnosticsConfig, Frozen, Integer, Layout, Positive
+from models.config import Count, DiagnosticsConfig, Frozen, Integer, Positive
 from orchestrator.sweep.budget import BudgetConfig
 from orchestrator.sweep.document import Places
 from orchestrator.sweep.notices import NoticesConfig
 from orchestrator.sweep.pruning import PruneConfig
 from orchestrator.sweep.rates import ExtendedRates, GrowingRates, SearchedRates
-
-
-def _as_tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
+from orchestrator.sweep.resources import ResourcesConfig, as_tuple
 
 Seed = Annotated[Integer, Field(ge=0, le=2**31 - 1)]
 """As far as every random generator of the stack takes it (numpy's is the narrowest)."""
@@ -74,58 +69,6 @@ class VerdictConfig(Frozen):
     def _pairs_have_no_arms_variances(self) -> VerdictConfig:
         if self.paired and self.method == "auto":
             raise ValueError("method auto tests the arms' own variances, which pairing has none of; name the method")
-        return self
-
-
-ASSUMED_MEMORY_GIB = 79.5
-"""Of a GPU that no sweep names: an 80 GB one."""
-
-
-class ResourcesConfig(Frozen):
-    """What one rank takes, and how a trial is spread over ranks."""
-
-    gpus: Annotated[float, Field(ge=0.0)] = 0.0
-    cpus: Positive = 1.0
-    layout: Layout = Layout()
-    backend: Backend = "auto"
-    micro_batch_sequences: Count | None = None
-    """Sequences a rank takes at once; None: as many as fit into its memory, by the model of ``accounting``."""
-    max_trials: Annotated[Integer, Field(ge=0)] | None = None
-    """Trials at once; None: as many as the cluster holds. ``gatesweep set`` changes it while the sweep runs."""
-    max_gpus: Annotated[float, Field(ge=0.0)] | None = None
-    """GPUs at once, likewise."""
-    grace_seconds: Positive = 600.0
-    """How long gangs on a cluster train on without a controller, waiting for the next one to adopt them."""
-    accelerator: AcceleratorName | None = None
-    """What the GPUs are: their memory and their peak, unless those are given."""
-    memory_gib: Positive | None = None
-    """Of one rank. None: the accelerator's; of unknown GPUs ASSUMED_MEMORY_GIB; on the CPU without a limit."""
-    peak_flops: Positive | None = None
-    """FLOPs a second of one rank at best: what utilisation is measured by. None: the accelerator's, if it is named."""
-
-    @property
-    def device(self) -> Literal["cpu", "cuda"]:
-        return "cuda" if self.gpus else "cpu"
-
-    @property
-    def rank_memory_gib(self) -> float | None:
-        """Ranks that share a GPU share its memory."""
-        if self.memory_gib is not None or not self.gpus:
-            return self.memory_gib
-        whole = ACCELERATORS[self.accelerator].memory_gib if self.accelerator else ASSUMED_MEMORY_GIB
-        return whole * min(1.0, self.gpus)
-
-    def rank_peak_flops(self, precision: str) -> float | None:
-        """In a trial's precision; None when it is not known."""
-        if self.peak_flops is not None or self.accelerator is None:
-            return self.peak_flops
-        peak = ACCELERATORS[self.accelerator].peak_flops(precision)
-        return None if peak is None else peak * min(1.0, self.gpus)
-
-    @model_validator(mode="after")
-    def _accelerator_is_used(self) -> ResourcesConfig:
-        if self.accelerator is not None and not self.gpus:
-            raise ValueError(f"accelerator {self.accelerator} needs gpus, which is 0")
         return self
 
 
@@ -184,7 +127,7 @@ class RetryConfig(Frozen):
     hang_seconds: Positive = 900.0
     """A gang is hung when it has done nothing for so long, and for ``hang_steps`` of its usual steps."""
     hang_steps: Positive = 20.0
-    rules: Annotated[tuple[FailureRule, ...], BeforeValidator(_as_tuple)] = Field(
+    rules: Annotated[tuple[FailureRule, ...], BeforeValidator(as_tuple)] = Field(
         default=(), description="a list of rules such as [{cause: stale_nfs, log: Stale file handle}]"
     )
 
@@ -211,7 +154,7 @@ class Settings(Frozen):
     baseline_seeds: Count | None = None
     """Seeds of the baseline; None: sqrt(other arms) times those of an arm, rounded; as many when paired, or when an
     arm has a single one. Confirming ones, where there are some."""
-    controls: Annotated[tuple[Literal["half-scale"], ...], BeforeValidator(_as_tuple)] = Field(
+    controls: Annotated[tuple[Literal["half-scale"], ...], BeforeValidator(as_tuple)] = Field(
         default=("half-scale",), description="[half-scale], or [] for none"
     )
     """Arms that join by themselves. ``half-scale``: the baseline with its attention output halved, as a fresh sigmoid
