@@ -24,7 +24,7 @@ import pytest
 from sweep_runs import NoMirror, Watcher, cluster, curve_numbers, plan_of, wait_for, write_corpus  # noqa: F401
 
 from models import run_dir
-from orchestrator.controller import Controller
+from orchestrator.controller import Controller, SweepStopped
 from orchestrator.controller.resume import attempt_dir
 from orchestrator.gang import UNITS, Cluster, NodeRoom
 from orchestrator.plan import Plan
@@ -213,6 +213,33 @@ def test_stages_that_are_killed_and_a_torn_checkpoint_cost_the_steps_since_the_o
     before, again = ({record["step"]: record for record in steps_of(home, row, one)} for one in (first, third))
     assert len(before.keys() & again.keys()) >= 10
     assert all(before[number] == again[number] for number in before.keys() & again.keys())
+    home.store.close()
+
+
+def test_a_sweep_resubmitted_with_another_layout_goes_on_from_the_checkpoint_and_says_so(
+    cluster: Cluster, tmp_path: Path
+):
+    """Two tensor-parallel ranks are stopped on their way, and one rank ends the trial."""
+    text = SWEEP.replace("[3e-3, 30.0]", "[3e-3]")
+    one_rank = ["train.tokens=10240", "checkpoint.every_steps=10", "resources.micro_batch_sequences=2"]
+    home = Home(tmp_path, text, [*one_rank, "resources.layout.tensor=2"])
+    watcher = Watcher()
+    with home.controller(OneGang(cluster), watcher) as controller:
+        watcher.on_tick = when_it_has_done(12, lambda: controller.request_stop("the layout changes"))
+        with pytest.raises(SweepStopped, match="the layout changes"):
+            controller.run()
+    again = plan_of(tmp_path, one_rank, text)
+    with home.controller(OneGang(cluster), Watcher(), again) as controller:
+        controller.run()
+    row = home.trial(LEARNS)
+    first, second = home.store.attempts(row.fingerprint)
+    assert (row.state, first.cause) == ("COMPLETE", "interrupted")
+    assert (first.layout.tensor, second.layout.tensor) == (2, 1)
+    assert second.resumed_from == 1
+    assert 12 <= second.resume_step < 40
+    assert [step[0] for step in home.result(LEARNS).curve[:40]] == [*range(1, 41)]
+    losses = [curve[4] for curve in home.result(LEARNS).curve[:40]]
+    assert abs(losses[second.resume_step] - losses[second.resume_step - 1]) < 0.5
     home.store.close()
 
 
