@@ -296,7 +296,7 @@ def test_the_footnotes_name_noise_divergence_reuse_and_the_measure():
     assert note(table, "diverged").endswith(
         "at LR 1 baseline 2 of 2, g1-elementwise 2 of 2, g1-headwise 2 of 2, g2-elementwise 2 of 2"
     )
-    assert note(table, "reused") == "reused trials: 1 from older"
+    assert note(table, "reused") == "reused trials: 1 from older; packages, commit and hosts as in this sweep's own"
     assert note(table, "mixed") is None
     assert note(table, "loss") == "loss: mean and SD over 2 seeds, on the validation slice"
     assert note(table, "interval").startswith("interval: 95 % for all 3 differences to baseline at once (Dunnett")

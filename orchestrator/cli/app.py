@@ -80,12 +80,16 @@ def run(
         str | None,
         typer.Option(envvar="GATESWEEP_METRICS", help="[HOST:]PORT for Prometheus; on loopback without a host."),
     ] = None,
+    no_reuse: Annotated[
+        bool, typer.Option("--no-reuse", help="Refuse to take trials that another sweep has trained.")
+    ] = False,
 ) -> None:
     """Run a sweep here, in the foreground. Run again, it goes on where it stopped."""
     from orchestrator.cli.run import run_sweep  # Ray and Optuna: seconds that other verbs need not wait
 
     added = [check_extension(one) for one in extend or ()]
-    raise typer.Exit(run_sweep(expand(load(file, overrides or ())), Home.of(), address, console, added, metrics))
+    planned = expand(load(file, overrides or ()))
+    raise typer.Exit(run_sweep(planned, Home.of(), address, console, added, metrics, reuse=not no_reuse))
 
 
 @app.command()

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from rich.console import Console
 
 from orchestrator import report
+from orchestrator.cli.fresh import refuse_reuse, refuse_stale
 from orchestrator.cli.home import Home
 from orchestrator.cli.live import PlainView, view_for
 from orchestrator.cli.signing import check_key
@@ -48,9 +49,10 @@ def run_sweep(
     console: Console,
     extensions: Sequence[str] = (),
     metrics: str | None = None,
+    reuse: bool = True,
 ) -> int:
     """Store the plan, run what is missing, print the table; the exit code. ``extensions``: to budgets, first.
-    ``metrics``: where Prometheus may ask, as ``[HOST:]PORT``."""
+    ``metrics``: where Prometheus may ask, as ``[HOST:]PORT``. ``reuse``: other sweeps' trials may serve this one."""
     refuse(plan)
     refuse_extensions(plan.sweep.name, plan.sweep.budget.model_dump(), extensions)
     try:
@@ -61,6 +63,9 @@ def run_sweep(
     sweep = plan.sweep
     with Store(home.store_url) as store:
         _refuse_second(store, sweep.name)
+        refuse_stale(plan, store)
+        if not reuse:
+            refuse_reuse(plan, store)
         before = _planned(store, sweep.name)
         added = store.add(plan)
         for extension in extensions:

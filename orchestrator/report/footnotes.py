@@ -41,6 +41,7 @@ def footnotes(
         _holes(trials),
         _unfinished(trials),
         _reused(trials),
+        _shared_baseline(heading),
         _reproduced(trials),
         _layouts(trials),
         _backends(trials),
@@ -223,7 +224,22 @@ def _unfinished(trials: Sequence[TrialResult]) -> str:
 def _reused(trials: Sequence[TrialResult]) -> str:
     origins = Counter(trial.trained_in for trial in trials if trial.trained_in is not None)
     named = ", ".join(f"{count} from {sweep}" for sweep, count in sorted(origins.items()))
-    return f"reused trials: {named}" if named else ""
+    drifts = Counter(change for trial in trials for change in trial.drift)
+    since = ", ".join(f"{change} ({count})" for change, count in drifts.items())
+    drift = f"; not as they were (trials): {since}" if since else "; packages, commit and hosts as in this sweep's own"
+    return f"reused trials: {named}{drift}" if named else ""
+
+
+def _shared_baseline(heading: SweepHeading) -> str:
+    """One noisy baseline moves all verdicts that lean on it, together; no table corrects for the others'."""
+    others = {name: count for name, count in heading.comparisons.items() if name != heading.name}
+    if not others:
+        return ""
+    total = sum(heading.comparisons.values())
+    named = ", ".join(f"{count} in {name}" for name, count in sorted(others.items()))
+    here = heading.comparisons.get(heading.name, 0)
+    said = f"{plural(total, 'comparison')} lean on this baseline's trials, {here} here and {named}"
+    return f"{said}; each sweep's intervals hold over its own"
 
 
 def _reproduced(trials: Sequence[TrialResult]) -> str:

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 def results(store: Store, sweep_name: str) -> Results:
     """The verdict tables of a stored sweep, as its trials stand now. UserError when there is no such sweep."""
     sweep = store.sweep(sweep_name)
-    heading = replace(_heading(sweep), rank_decisions=tuple(store.rank_decisions(sweep.id)))
+    decisions, compared = tuple(store.rank_decisions(sweep.id)), store.comparisons(sweep.id)
+    heading = replace(_heading(sweep), rank_decisions=decisions, comparisons=compared)
     return tabulate(heading, _trial_results(store, sweep, heading.tail))
 
 
@@ -146,6 +147,7 @@ def _trial_results(store: Store, sweep: SweepRow, tail: float) -> list[TrialResu
     peaks: dict[str, float | None] = {}
     layouts: dict[int, str] = {}
     stamps = {one.fingerprint: one.message.partition(":")[0] for one in store.events(kind=REPRODUCED)}
+    drifts = {one.fingerprint: one.drift for one in store.reused(sweep.id)}
     found = []
     for outcome in store.outcomes(sweep.id, tail):
         own = resources.of(outcome.arm, outcome.axes) if resources.by else resources
@@ -155,7 +157,8 @@ def _trial_results(store: Store, sweep: SweepRow, tail: float) -> list[TrialResu
         trained_in = outcome.trained_in if outcome.trained_in != sweep.name else None
         peak = peaks[outcome.precision] if trained_in is None else None
         made = _trial_result(outcome, trained_in, peak, own.layout.world_size, layouts)
-        found.append(replace(made, reproduced=stamps[made.fingerprint]) if made.fingerprint in stamps else made)
+        stamp, drift = stamps.get(made.fingerprint), drifts.get(made.fingerprint, ())
+        found.append(replace(made, reproduced=stamp, drift=drift) if stamp or drift else made)
     return found
 
 

@@ -55,6 +55,8 @@ class SweepHeading:
     """Learning rates of an arm, where each has its own by search; None: all arms have the same ones."""
     rates_note: str = ""
     """How learning rates were found that the file does not name."""
+    comparisons: Mapping[str, int] = field(default_factory=dict)
+    """By sweep, the arms that are compared with this sweep's baseline trials, its own among them."""
     rank_decisions: tuple[RankDecision, ...] = ()
     """What was pruned by rank, oldest first."""
 
@@ -92,6 +94,8 @@ class TrialResult:
     """Of the ranks' peak, 0 to 1 (MFU); only where the sweep that trained it knows the peak."""
     reproduced: str | None = None
     """What came of training it once more, the last time that it was: ``bitwise``, ``within tolerance``, ``differs``."""
+    drift: tuple[str, ...] = ()
+    """Of a trial that another sweep trained: what is otherwise in this sweep's attempts, as ``torch 2.12 -> 2.13``."""
     trained_in: str | None = None
     """The sweep whose controller trained it, when that is not the sweep of the table."""
     share_done: float = 0.0

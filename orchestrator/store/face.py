@@ -14,7 +14,7 @@ from sqlalchemy.exc import DBAPIError
 from models.config import Layout
 from models.redaction import hide
 from models.run_dir import Record, Summary
-from orchestrator.store import attempts, orphans, outcomes, query, ranking, reader, schema, spending, submission
+from orchestrator.store import attempts, orphans, outcomes, query, ranking, reader, schema, sharing, spending, submission
 from orchestrator.store import lease as leases
 from orchestrator.store import running as running_rows
 from orchestrator.store.engine import make_engine, parse_url, reading, writing
@@ -33,6 +33,7 @@ from orchestrator.store.rows import (
     Lease,
     Outcome,
     RankDecision,
+    Reused,
     RunningRow,
     Spent,
     StoreError,
@@ -299,6 +300,20 @@ class Store:
     def prune(self, lease: Lease, fingerprints: Sequence[str], reason: str) -> list[str]:
         """WAITING trials become PRUNED; returns those that did."""
         return self._write(ranking.prune, lease, fingerprints, reason)
+
+    # What sweeps share
+
+    def trained_elsewhere(self, name: str, fingerprints: Sequence[str]) -> dict[str, str]:
+        """Of these trials, those that only other sweeps than ``name`` have trained: by fingerprint, which one."""
+        return self._read(sharing.trained_elsewhere, name, fingerprints)
+
+    def reused(self, sweep_id: int) -> list[Reused]:
+        """The sweep's trials that another one trained last, each with its drift."""
+        return self._read(sharing.reused, sweep_id)
+
+    def comparisons(self, sweep_id: int) -> dict[str, int]:
+        """By sweep, the arms that are compared with this sweep's baseline trials; this sweep's own among them."""
+        return self._read(sharing.comparisons, sweep_id)
 
     # Events, curves, mirrors
 

@@ -276,6 +276,15 @@ class Curve:
 
 
 @dataclass(frozen=True, slots=True)
+class Reused:
+    """A trial that another sweep trained. ``drift``: what is otherwise in this sweep's own newest attempt."""
+
+    fingerprint: str
+    sweep: str
+    drift: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class RankDecision:
     """Learning rates of one arm that were stopped at one rung, since others of the arm did better there."""
 
