@@ -25,9 +25,7 @@ from sweep_runs import SWEEP, write_sweep
 from orchestrator import cli
 from orchestrator.cli import run as cli_run
 from orchestrator.cli.home import Home
-from orchestrator.gang import GangShape
 from orchestrator.store import Store
-from orchestrator.sweep import UserError
 from orchestrator.tracking import Sent
 
 
@@ -271,12 +269,8 @@ def test_a_mistake_in_the_environment_is_one_message(
 
 
 def test_resources_that_the_cluster_lacks_are_refused_and_leave_nothing_running(
-    gatesweep: Gatesweep, folder: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch
+    gatesweep: Gatesweep, folder: Path, machine: Machine
 ):
-    def too_large(shape: GangShape) -> int:
-        raise UserError(f"resources: a gang asks for {shape}, and the cluster holds 0 such rank(s)")
-
-    monkeypatch.setattr(machine, "capacity", too_large)
     said = gatesweep("run", "tiny.yaml", "resources.cpus=5000")
     assert said.code == 2
     assert "a gang asks for 1 rank(s) x 5000 CPU" in said.err

@@ -690,7 +690,7 @@ def test_a_trial_that_another_sweep_trained_is_marked_reused(plan, tmp_path):
         lease = store.acquire_lease(store.add(plan).sweep_id, "host:1", 60)
         fill(store, plan, lease)
         store.add(twin)
-        assert note(results(store, "twin").tables[0], "reused") == "reused trials: 8 from small"
+        assert note(results(store, "twin").tables[0], "reused").startswith("reused trials: 8 from small;")
         with pytest.raises(UserError, match=r"no sweep 'smal' in the store \(did you mean 'small'\?"):
             results(store, "smal")
 

@@ -14,7 +14,18 @@ from sqlalchemy.exc import DBAPIError
 from models.config import Layout
 from models.redaction import hide
 from models.run_dir import Record, Summary
-from orchestrator.store import attempts, orphans, outcomes, query, ranking, reader, schema, sharing, spending, submission
+from orchestrator.store import (
+    attempts,
+    orphans,
+    outcomes,
+    query,
+    ranking,
+    reader,
+    schema,
+    sharing,
+    spending,
+    submission,
+)
 from orchestrator.store import lease as leases
 from orchestrator.store import running as running_rows
 from orchestrator.store.engine import make_engine, parse_url, reading, writing

@@ -67,7 +67,7 @@ def reused(connection: Connection, sweep_id: int) -> list[Reused]:
     of_sweep = {"sweep_id": sweep_id}
     own = connection.execute(text(_OWN), of_sweep).first()
     here = None if own is None else _facts(*own)
-    drifts: dict[tuple[str, str], tuple[str, ...]] = {}
+    drifts: dict[tuple[str, str | None], tuple[str, ...]] = {}
     found = []
     for fingerprint, sweep, provenance, hosts in connection.execute(text(_LAST), of_sweep):
         key = (provenance, hosts)
@@ -83,11 +83,12 @@ def comparisons(connection: Connection, sweep_id: int) -> dict[str, int]:
     return {row[0]: row[1] for row in rows}
 
 
-def _facts(provenance: str, hosts: str) -> dict[str, Any]:
+def _facts(provenance: str, hosts: str | None) -> dict[str, Any]:
+    """``hosts`` is NULL until the attempt's gang has told them."""
     content: dict[str, Any] = json.loads(provenance)
     packages: dict[str, Any] = content.get("packages") or {}
     kept = {name: content.get(name) for name in ("commit", "source_hash", "python", "backend")}
-    return {**kept, **packages, "hosts": ", ".join(sorted(set(json.loads(hosts))))}
+    return {**kept, **packages, "hosts": ", ".join(sorted(set(json.loads(hosts) if hosts else ())))}
 
 
 def _drift(then: dict[str, Any], now: dict[str, Any]) -> tuple[str, ...]:
