@@ -14,6 +14,8 @@ from orchestrator import report
 from orchestrator.cli.home import existing_store
 
 SECONDS = 2.0
+LEAST_REST = 9.0
+"""Times as long as a look took: at most a tenth of the store's time is ours, however large the sweep."""
 
 
 def register(app: typer.Typer, console: Console) -> None:
@@ -36,5 +38,6 @@ def register(app: typer.Typer, console: Console) -> None:
                 Live(console=console, auto_refresh=False, screen=True, vertical_overflow="crop") as live,
             ):
                 while True:
+                    begun = time.monotonic()
                     live.update(report.watch_frame(store, store.sweep(sweep)), refresh=True)
-                    time.sleep(every)
+                    time.sleep(max(every, LEAST_REST * (time.monotonic() - begun)))

@@ -30,7 +30,7 @@ _LEFT_TO_DO = ("WAITING", "RUNNING")
 def watch_frame(store: Store, sweep: SweepRow, now: datetime | None = None) -> RenderableType:
     """One frame: failures first, then what runs, then what bounds it."""
     moment = now or datetime.now(UTC)
-    states = store.num_by_state().get(sweep.id, {})
+    states = store.num_by_state(sweep.id).get(sweep.id, {})
     running = store.running(sweep.id)
     parts: list[RenderableType] = [Text(line, style="bold") for line in _totals(store, sweep, states, running, moment)]
     parts += _failed(store, sweep, states.get("FAILED", 0))

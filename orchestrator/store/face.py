@@ -168,9 +168,9 @@ class Store:
         """The sweep's current trials by position with what was measured of them, fast: what its tables are made of."""
         return self._read(outcomes.outcomes, sweep_id, tail)
 
-    def num_by_state(self) -> dict[int, dict[str, int]]:
-        """By sweep, how many of its current trials are in which state."""
-        return self._read(outcomes.num_by_state)
+    def num_by_state(self, sweep_id: int | None = None) -> dict[int, dict[str, int]]:
+        """By sweep, or of one alone, how many of its current trials are in which state."""
+        return self._read(outcomes.num_by_state, sweep_id)
 
     def failed(self, sweep_id: int, limit: int) -> list[FailedRow]:
         """The first trials of the sweep that FAILED, by position."""

@@ -35,7 +35,7 @@ WHERE st.sweep_id = :sweep_id AND st.current
 _COUNTS = """
 SELECT st.sweep_id, t.state, COUNT(*)
 FROM sweep_trial st JOIN trial t ON t.fingerprint = st.fingerprint
-WHERE st.current
+WHERE st.current {and_where}
 GROUP BY st.sweep_id, t.state
 """
 
@@ -97,11 +97,14 @@ def _taken(attempts: list[Sequence[Any]], layouts: _Parsed) -> tuple[Any, ...]:
 _NUMBER = itemgetter(1)
 
 
-def num_by_state(connection: Connection) -> dict[int, dict[str, int]]:
-    """By sweep, how many of its current trials are in which state; states without any are left out."""
+def num_by_state(connection: Connection, sweep_id: int | None = None) -> dict[int, dict[str, int]]:
+    """By sweep, or of one alone, how many of its current trials are in which state; states without any are left out."""
     counts: dict[int, dict[str, int]] = {}
-    for sweep_id, state, number in connection.execute(text(_COUNTS)):
-        counts.setdefault(sweep_id, {})[state] = number
+    one = "" if sweep_id is None else "AND st.sweep_id = :sweep_id"
+    for found_id, state, number in connection.execute(
+        text(_COUNTS.format(and_where=one)), {"sweep_id": sweep_id} if one else {}
+    ):
+        counts.setdefault(found_id, {})[state] = number
     return counts
 
 
