@@ -292,6 +292,8 @@ class FakeCluster:
         self.fit(GangShape(Layout(), 1, 0))
         self.gangs: list[FakeGang] = []
 
+    identity = "fake-cluster"
+
     def fit(self, shape: GangShape) -> None:
         one = times(shape.bundle_units, shape.num_bundles)
         self.sizes: dict[str, tuple[int, int]] = {host: times(one, number) for host, number in self.num_gangs.items()}

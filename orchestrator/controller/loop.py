@@ -26,6 +26,7 @@ from orchestrator.controller.pruning import RankPruning
 from orchestrator.controller.running import RunningAttempt, eta_seconds
 from orchestrator.controller.schedule import Schedule
 from orchestrator.controller.selection import choose_rates
+from orchestrator.controller.sharing import Sharing
 from orchestrator.controller.snapshot import Snapshot, View
 from orchestrator.controller.stopping import Stopping
 from orchestrator.controller.sweep_run import SweepRun
@@ -108,8 +109,9 @@ class Controller:
         self.trials, self.pool = self.sweep_run.trials, pool
         self.schedule = Schedule(pool, self.trials, self.running, self.clock, view.tell)
         self.news: list[Gang] = []
-        self.shown_at = -float("inf")
-        self.orders = Orders(store, sweep_id, sweep.resources)
+        self.shown_at = self.shared_at = -float("inf")
+        self.orders = Orders(store, sweep_id, sweep.resources, sweep.priority)
+        self.sharing = Sharing(store, sweep.name, cluster.identity, pool, self.trials, self.orders)
         self.pruning = RankPruning(self.sweep_run)
         self.stopping = Stopping()
         self.outage.is_hurried = lambda: self.stopping.is_hurried
@@ -188,13 +190,23 @@ class Controller:
         for attempt in self._to_follow():
             self._follow(attempt)
         self.pool.follow_starts()
-        self.pool.heed_caps(*self.orders.caps())
+        self._share()
+        caps = self.sharing.caps(self.orders.caps())
+        self.pool.heed_caps(*caps)
         self.pruning.work()
         self.trials.wake()
         if not self.stopping and not self.sweep_run.disk.is_full(self.view.tell):
             queues = self.pruning.queues() if self.pruning.is_declared else self.trials.queues
-            for gang, trial in self.schedule.turn(queues, self.orders.caps()):
+            for gang, trial in self.schedule.turn(queues, caps):
                 self._launch(gang, trial)
+
+    def _share(self) -> None:
+        """What we hold and want, told now and then, and what we may hold beside others."""
+        now = self.clock.monotonic()
+        if now - self.shared_at >= REFRESH_SECONDS:
+            self.shared_at = now
+            starts_more = not self.stopping and not self.sweep_run.disk.is_full(self.view.tell)
+            self.sharing.refresh(self.lease, starts_more, self.view.tell)
 
     def _to_follow(self) -> list[RunningAttempt]:
         """Those with news, and each now and then: with thousands at work, less often."""

@@ -12,9 +12,10 @@ from orchestrator.sweep import ResourcesConfig
 class Orders:
     """The caps in force, and what has been asked since the last look. Caps and extensions outlive the controller."""
 
-    def __init__(self, store: Store, sweep_id: int, resources: ResourcesConfig) -> None:
+    def __init__(self, store: Store, sweep_id: int, resources: ResourcesConfig, priority: int = 0) -> None:
         self._store, self._sweep_id = store, sweep_id
         self._caps: dict[str, float | None] = {"max_trials": resources.max_trials, "max_gpus": resources.max_gpus}
+        self.priority = priority
         self.extensions: list[str] = []
         """What was added to budgets: ``gpu_hours=+10``."""
         self._after = 0
@@ -45,6 +46,9 @@ class Orders:
         for event in events:
             if event.kind == CAP_SET:
                 name, _, value = event.message.partition("=")
+                if name == "priority":
+                    self.priority = int(value)
+                    continue
                 self._caps[name] = None if value == "none" else float(value)
             elif event.kind == BUDGET_EXTENDED:
                 self.extensions.append(event.message)

@@ -79,6 +79,11 @@ class Cluster:
         if self._meetings is not None:
             self._meetings.cleanup()
 
+    @property
+    def identity(self) -> str:
+        """The name of the Ray session: no other cluster, nor this one once it is started anew, has it."""
+        return str(ray.get_runtime_context().get_session_name())
+
     def rooms(self) -> list[NodeRoom]:
         """The living nodes with what is free of them, whoever holds the rest. Some tenths of a second old."""
         state: Any = importlib.import_module("ray._private.state")

@@ -84,7 +84,11 @@ def _what_is_left(plan: Plan, left: Sequence[PlannedTrial], name: str, room: flo
 
 def _at_peak(plan: Plan, left: Sequence[PlannedTrial]) -> float | None:
     """GPU-hours; None when a peak is not known."""
-    resources = plan.sweep.resources
-    peaks = [resources.rank_peak_flops(trial.config.precision) for trial in left]
-    seconds = [trial.training_flops / peak for trial, peak in zip(left, peaks, strict=True) if peak is not None]
-    return sum(seconds) * resources.gpus / 3600 if len(seconds) == len(left) else None
+    hours = 0.0
+    for trial in left:
+        resources = plan.sweep.resources.of(trial.arm, trial.axes)
+        peak = resources.rank_peak_flops(trial.config.precision)
+        if peak is None:
+            return None
+        hours += trial.training_flops / peak * resources.gpus / 3600
+    return hours

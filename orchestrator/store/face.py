@@ -37,6 +37,7 @@ from orchestrator.store.rows import (
     AttemptRow,
     BudgetLine,
     Curve,
+    Demand,
     EventRow,
     FailedRow,
     FinishedIsFinal,
@@ -203,6 +204,16 @@ class Store:
     def running(self, sweep_id: int) -> list[RunningRow]:
         """What the sweep's controller runs now, each with its newest step, in execution order."""
         return self._read(running_rows.running, sweep_id)
+
+    # Sharing a cluster
+
+    def publish_demand(self, lease: Lease, demand: Demand) -> None:
+        """What the holder of a lease holds and wants; forgotten with the lease."""
+        self._write(leases.publish_demand, lease, demand)
+
+    def demands(self) -> list[Demand]:
+        """Of all sweeps whose lease is in force."""
+        return self._read(leases.demands)
 
     # Budgets
 

@@ -6,11 +6,13 @@ lost the lease without noticing can't write a byte more. An expired lease stays 
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 from sqlalchemy import Connection, Float, and_, case, cast, func, literal, select, update
 from sqlalchemy.sql.elements import ColumnElement
 
 from orchestrator.store import schema
-from orchestrator.store.rows import Lease, LeaseHeld, LeaseLost
+from orchestrator.store.rows import Demand, Lease, LeaseHeld, LeaseLost
 from orchestrator.store.submission import insert_missing
 
 
@@ -36,6 +38,7 @@ def acquire(connection: Connection, sweep_id: int, holder: str, seconds: float) 
         raise LeaseHeld(held.holder, held.seconds_left)
     token: int = held.token + 1
     values = {"holder": holder, "token": token, "expires_at": now + literal(seconds), "renewed_at": now}
+    values["demand"] = None
     if held.holder:  # it ran out, and nobody gave it back
         values["left_at"] = held.expires_at
     connection.execute(update(lease).where(lease.c.sweep_id == sweep_id).values(**values))
@@ -63,7 +66,7 @@ def release(connection: Connection, lease: Lease) -> None:
     """Give the lease back; the old token is void from now on."""
     check(connection, lease)
     now = database_seconds(connection)
-    vacant = {"holder": "", "token": lease.token + 1, "expires_at": 0.0, "renewed_at": None}
+    vacant = {"holder": "", "token": lease.token + 1, "expires_at": 0.0, "renewed_at": None, "demand": None}
     connection.execute(
         update(schema.lease)
         .where(schema.lease.c.sweep_id == lease.sweep_id)
@@ -92,6 +95,25 @@ def last_left_at(connection: Connection, sweep_id: int) -> float | None:
     left = case((ran_out, lease.c.expires_at), else_=lease.c.left_at)
     moment: float | None = connection.scalar(select(left).where(lease.c.sweep_id == sweep_id))
     return moment
+
+
+def publish_demand(connection: Connection, lease: Lease, demand: Demand) -> None:
+    check(connection, lease)
+    said = {name: value for name, value in asdict(demand).items() if name != "sweep_id"}
+    connection.execute(update(schema.lease).where(schema.lease.c.sweep_id == lease.sweep_id).values(demand=said))
+
+
+def demands(connection: Connection) -> list[Demand]:
+    """Of the leases in force, by sweep."""
+    lease = schema.lease
+    query = select(lease.c.sweep_id, lease.c.demand).where(
+        lease.c.expires_at > database_seconds(connection), lease.c.demand.is_not(None)
+    )
+    found = []
+    for sweep_id, said in connection.execute(query.order_by(lease.c.sweep_id)):
+        amounts = {name: tuple(said[name]) for name in ("held", "wanted", "gang")}
+        found.append(Demand(**{**said, **amounts}, sweep_id=sweep_id))
+    return found
 
 
 def holder(connection: Connection, sweep_id: int) -> tuple[str, float] | None:

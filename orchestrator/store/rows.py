@@ -316,6 +316,20 @@ class EventRow:
 
 
 @dataclass(frozen=True, slots=True)
+class Demand:
+    """What a sweep holds of a Ray cluster and what its waiting trials could still take: (CPUs, GPUs) in Ray's units, a
+    ten-thousandth each. ``gang``: the largest one that it would start."""
+
+    sweep_id: int
+    name: str
+    cluster: str
+    priority: int
+    held: tuple[int, int]
+    wanted: tuple[int, int]
+    gang: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
 class RunningRow:
     """An open attempt of a sweep, with its newest step."""
 

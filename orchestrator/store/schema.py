@@ -35,7 +35,7 @@ from models.redaction import redacted, redacted_content
 VERSION_TABLE = "gatesweep_version"
 """Not ``alembic_version``: Optuna and MLflow use that name, and may share the database."""
 
-REVISIONS = ("0001", "0002", "0003", "0004", "0005", "0006")
+REVISIONS = ("0001", "0002", "0003", "0004", "0005", "0006", "0007")
 """Every schema version this code knows, oldest first. A database at another one was made by newer code."""
 
 WAITING, RUNNING, COMPLETE, PRUNED, DIVERGED, FAILED, CANCELED = STATES = (
@@ -139,6 +139,7 @@ lease = Table(
     Column("expires_at", Float(53), nullable=False),  # epoch seconds by the database's clock, as those below
     Column("renewed_at", Float(53)),  # NULL while nobody holds it
     Column("left_at", Float(53)),  # when the last holder's time was over
+    Column("demand", JSON(none_as_null=True)),  # of the present holder, on its Ray cluster
     Column("held_seconds", Float(53), nullable=False, server_default="0"),  # up to the last renewal, over all holders
 )
 

@@ -113,7 +113,7 @@ def _refuse_hours_of_no_gpu(checked: dict[str, Any], problems: Problems) -> None
         isinstance(resources, ResourcesConfig)
         and isinstance(budget, BudgetConfig)
         and budget.gpu_hours is not None
-        and not resources.gpus
+        and not any((resources.gpus, *(rule.gpus for rule in resources.by)))
     ):
         said = f"got {budget.gpu_hours:g}, and resources.gpus is 0; allowed on CPUs: cpu_hours, wall_hours"
         problems.add(("budget", "gpu_hours"), said)

@@ -165,6 +165,8 @@ class Settings(Frozen):
     retry: RetryConfig = RetryConfig()
     budget: BudgetConfig = BudgetConfig()
     notices: NoticesConfig = NoticesConfig()
+    priority: Annotated[Integer, Field(ge=-1000, le=1000)] = 0
+    """Among sweeps that share a store and a Ray cluster; ``gatesweep set`` changes it while the sweep runs."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     diagnostics: DiagnosticsConfig | None = DiagnosticsConfig()
     """None: not at all."""
