@@ -331,16 +331,16 @@ def test_secrets_come_by_reference_and_are_refused_when_they_are_not_there(tmp_p
     (tmp_path / "key").write_text("  from a file, long enough\n")
     assert read_reference(f"file:{tmp_path / 'key'}", "notices.secret") == "from a file, long enough"
     assert read_reference("env:HOOK", "notices.secret", {"HOOK": "x"}) == "x"
-    with pytest.raises(UserError, match=r"notices\.secret: the environment variable HOOK is not set"):
+    with pytest.raises(UserError, match=r"notices\.secret \(env:HOOK\): the environment variable is not set"):
         read_reference("env:HOOK", "notices.secret", {})
-    with pytest.raises(UserError, match=r"notices\.webhook: the file /nowhere can't be read: No such file"):
+    with pytest.raises(UserError, match=r"notices\.webhook \(file:/nowhere\): the file can't be read: No such file"):
         read_reference("file:/nowhere", "notices.webhook")
 
 
 def test_keys_are_text_or_base64_and_never_short():
     assert key_of("whsec_" + base64.b64encode(KEY).decode()) == KEY
     assert key_of(KEY.decode()) == KEY
-    with pytest.raises(UserError, match="a key of 5 bytes; allowed: at least 16"):
+    with pytest.raises(UserError, match="has 5 bytes; allowed: at least 16"):
         key_of("short")
     with pytest.raises(UserError, match="comes base64, and this is none"):
         key_of("whsec_???")
@@ -360,7 +360,7 @@ def test_keys_are_text_or_base64_and_never_short():
 def test_what_a_file_may_not_say(tmp_path: Path, override: str, said: str):
     with pytest.raises(UserError) as refused:
         plan_of(tmp_path, [override])
-    words = str(refused.value).removeprefix(f"override {override}")
+    words = str(refused.value).rpartition("}: notices")[2]  # behind the override itself, as far as it is shown
     assert said in words
     assert not any(part in words for part in ("hunter2", "x.org", "pw"))
 
@@ -368,7 +368,7 @@ def test_what_a_file_may_not_say(tmp_path: Path, override: str, said: str):
 def test_a_webhook_is_opened_from_references_and_one_without_is_none(monkeypatch: pytest.MonkeyPatch):
     config = NoticesConfig(webhook="env:HOOK_URL", secret="env:HOOK_KEY")
     monkeypatch.setenv("HOOK_KEY", KEY.decode())
-    with pytest.raises(UserError, match="HOOK_URL is not set"):
+    with pytest.raises(UserError, match=r"notices\.webhook \(env:HOOK_URL\): the environment variable is not set"):
         open_webhook(config, lambda *_: None)
     monkeypatch.setenv("HOOK_URL", "http://plain.example.org/")
     with pytest.raises(UserError, match=r"notices\.webhook: allowed: https") as refused:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from models.redaction import hide
 from orchestrator.sweep import UserError
 
 LONGEST = 64 * 1024
@@ -17,17 +18,18 @@ def read_reference(reference: str, key: str, environment: Mapping[str, str] = os
     kind, _, place = reference.partition(":")
     if kind == "env":
         text = environment.get(place, "")
-        missing = f"the environment variable {place} is not set"
+        missing = "the environment variable is not set"
     else:
-        missing = f"the file {place} is empty"
+        missing = "the file is empty"
         try:
             with Path(place).expanduser().open(encoding="utf-8") as stream:
                 text = stream.read(LONGEST)
         except UnicodeDecodeError:
-            raise UserError(f"{key}: the file {place} is not text in UTF-8") from None
+            raise UserError(f"{key} ({reference}): the file is not text in UTF-8") from None
         except OSError as error:
-            raise UserError(f"{key}: the file {place} can't be read: {error.strerror}") from None
+            raise UserError(f"{key} ({reference}): the file can't be read: {error.strerror}") from None
     text = text.strip()
     if not text:
-        raise UserError(f"{key}: {missing}; it is named by {reference}")
+        raise UserError(f"{key} ({reference}): {missing}")
+    hide(text)
     return text

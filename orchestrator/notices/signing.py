@@ -26,9 +26,11 @@ def key_of(secret: str) -> bytes:
         try:
             key = base64.b64decode(secret.removeprefix(PREFIX), validate=True)
         except binascii.Error:
-            raise UserError(f"notices.secret: after {PREFIX} comes base64, and this is none") from None
+            raise UserError(
+                f"the key that notices.secret names: after {PREFIX} comes base64, and this is none"
+            ) from None
     if len(key) < SHORTEST_KEY:
-        raise UserError(f"notices.secret: a key of {len(key)} bytes; allowed: at least {SHORTEST_KEY}")
+        raise UserError(f"the key that notices.secret names has {len(key)} bytes; allowed: at least {SHORTEST_KEY}")
     return key
 
 
