@@ -538,7 +538,7 @@ def test_diff_shows_how_two_trials_differ(ran: Gatesweep):
 
 # -- help, and the environment ----------------------------------------------------------------------------------
 
-VERBS = ("plan", "run", "status", "results", "query", "rerun", "cancel", "set", "logs", "diff", "reproduce", "ui")
+VERBS = ("plan", "run", "status", "results", "query", "db", "rerun", "cancel", "set", "logs", "diff", "reproduce", "ui")
 
 
 @pytest.mark.parametrize("verb", VERBS)

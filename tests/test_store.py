@@ -409,3 +409,10 @@ def test_threads_read_while_another_one_writes(run: Run) -> None:
 
 def test_a_controllers_errors_are_of_one_kind() -> None:
     assert all(issubclass(error, StoreError) for error in (LeaseHeld, LeaseLost, TrialTaken, FinishedIsFinal))
+
+
+def test_a_log_with_a_nul_is_kept(run: Run):
+    run.end(run.start(), "FAILED", log_tail="before\0after")
+    run.store.add_event(run.sweep_id, "odd", "a\0b")
+    assert run.store.attempts(run.fingerprint)[0].log_tail == "before\ufffdafter"
+    assert run.store.events(run.sweep_id)[0].message == "a\ufffdb"

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from models.redaction import redacted
 from orchestrator import report
-from orchestrator.cli import control, data_verbs, doctor, signing, submit, trace, trained, watch
+from orchestrator.cli import control, data_verbs, db_verbs, doctor, signing, submit, trace, trained, watch
 from orchestrator.cli import results as results_verb
 from orchestrator.cli.home import Home, existing_store, has_store
 from orchestrator.plan import expand
@@ -36,6 +36,7 @@ console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ e
 errors = Console(stderr=True)
 
 control.register(app, console)
+db_verbs.register(app, console)
 doctor.register(app, console)
 signing.register(app, console)
 submit.register(app, console)

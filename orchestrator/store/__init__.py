@@ -1,7 +1,9 @@
 """SQL: the memory of all sweeps. The only owner of SQLAlchemy and Alembic; README.md here documents the views."""
 
+from orchestrator.store.checkup import Finding, check_store
 from orchestrator.store.face import Store
 from orchestrator.store.layers import mean_or_none
+from orchestrator.store.migrate import upgrade_store
 from orchestrator.store.outage import Patience, StoreOutage
 from orchestrator.store.rows import (
     BUDGET,
@@ -38,6 +40,7 @@ from orchestrator.store.rows import (
 )
 from orchestrator.store.schema import FINISHED, STATES
 from orchestrator.store.submission import find_choice, verdict_seeds
+from orchestrator.store.transfer import Transfer, export_store, import_store
 
 __all__ = [
     "BUDGET",
@@ -56,6 +59,7 @@ __all__ = [
     "Demand",
     "EventRow",
     "FailedRow",
+    "Finding",
     "FinishedIsFinal",
     "LayerRow",
     "Lease",
@@ -73,10 +77,15 @@ __all__ = [
     "StoreOutage",
     "SweepRow",
     "TailRow",
+    "Transfer",
     "TrialRow",
     "TrialTaken",
     "ValidationRow",
+    "check_store",
+    "export_store",
     "find_choice",
+    "import_store",
     "mean_or_none",
+    "upgrade_store",
     "verdict_seeds",
 ]

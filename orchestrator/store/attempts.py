@@ -20,7 +20,7 @@ from orchestrator.store import schema
 from orchestrator.store.layers import layer_rows
 from orchestrator.store.reader import attempt_row
 from orchestrator.store.rows import AttemptRow, FinishedIsFinal, Lease, TrialTaken
-from orchestrator.store.submission import add_event, insert_missing
+from orchestrator.store.submission import add_event, insert_missing, storable
 
 
 def start(
@@ -136,6 +136,7 @@ def end(
             f"the trial is {running} and the attempt has {'not ' if is_open else ''}ended"
         )
     now = datetime.now(UTC)
+    reason, log_tail = storable(reason), None if log_tail is None else storable(log_tail)
     step = summary.step if end_step is None and summary is not None else end_step
     held = (now - attempt.started_at).total_seconds() if held_seconds is None else held_seconds
     closing = _closing(attempt, summary, now) | {"held_seconds": held}

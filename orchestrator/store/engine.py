@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import quote
 
 from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError
@@ -113,6 +114,20 @@ def make_engine(url: URL) -> Engine:
     _refuse_network(path)
     engine = create_engine(url)
     event.listen(engine, "connect", _prepare_sqlite)
+    event.listen(engine, "begin", _begin_sqlite)
+    return engine
+
+
+def read_only_engine(path: Path) -> Engine:
+    """An engine for a SQLite file that is only looked at: neither it nor its folder need be writable."""
+    where = f"file:{quote(str(path.absolute()))}?mode=ro"
+
+    def connect() -> sqlite3.Connection:
+        connection = sqlite3.connect(where, uri=True, isolation_level=None, timeout=BUSY_SECONDS)
+        connection.execute("PRAGMA query_only = ON")
+        return connection
+
+    engine = create_engine(f"sqlite:///{path}", creator=connect)
     event.listen(engine, "begin", _begin_sqlite)
     return engine
 

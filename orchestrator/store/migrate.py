@@ -13,7 +13,7 @@ from sqlalchemy import Connection, Engine, inspect, text
 from sqlalchemy.exc import DBAPIError
 
 import orchestrator
-from orchestrator.store.engine import writing
+from orchestrator.store.engine import make_engine, parse_url, writing
 from orchestrator.store.schema import REVISIONS, VERSION_TABLE
 from orchestrator.store.views import create_views, drop_views
 from orchestrator.sweep import UserError
@@ -42,6 +42,22 @@ def current_revision(connection: Connection) -> str | None:
         return None
     revision: str | None = connection.scalar(text(f"SELECT version_num FROM {VERSION_TABLE}"))
     return revision
+
+
+def upgrade_store(url: str) -> tuple[str | None, str]:
+    """Upgrade the store at ``url``; its schema version before (None: there was no store) and after."""
+    engine = make_engine(parse_url(url))
+    try:
+        try:
+            with engine.connect() as connection:
+                before = current_revision(connection)
+        except DBAPIError as error:
+            place = engine.url.render_as_string(hide_password=True)
+            raise UserError(f"the store {place} can't be opened: {str(error.orig).strip()}") from error
+        migrate(engine)
+        return before, REVISIONS[-1]
+    finally:
+        engine.dispose()
 
 
 def migrate(engine: Engine) -> None:

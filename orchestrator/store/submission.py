@@ -28,6 +28,11 @@ def insert_missing(connection: Connection, table: Table, rows: Sequence[dict[str
         connection.execute(postgresql.insert(table).on_conflict_do_nothing(), rows)
 
 
+def storable(said: str) -> str:
+    """Without the NUL that a log may hold and Postgres refuses, on SQLite too: a store can be moved."""
+    return said.replace("\0", "\ufffd")
+
+
 def add_event(
     connection: Connection,
     sweep_id: int | None,
@@ -38,7 +43,7 @@ def add_event(
     at: datetime | None = None,
 ) -> None:
     values = {"sweep_id": sweep_id, "fingerprint": fingerprint, "attempt_number": attempt, "kind": kind}
-    connection.execute(insert(schema.event).values(at=at or datetime.now(UTC), message=message, **values))
+    connection.execute(insert(schema.event).values(at=at or datetime.now(UTC), message=storable(message), **values))
 
 
 def add_plan(connection: Connection, plan: Plan) -> Added:
