@@ -17,6 +17,7 @@ from fake_gangs import Bench, FakeCluster, FakeGang, FateAt, bench, bench_in, pl
 from sweep_runs import SWEEP, Watcher, plan_of
 
 from models import run_dir
+from orchestrator.controller import ClusterLost
 from orchestrator.gang import GangState, LeaseFile
 from orchestrator.gang.lease_file import FOLDER, GangLease, LeaseWatch
 from orchestrator.plan import Plan
@@ -179,9 +180,9 @@ def test_a_divergence_is_found_at_the_same_step_by_the_next_controller(bench: Be
 def test_idle_gangs_of_a_dead_controller_are_ended_by_the_next(bench: Bench, plan: Plan):
     cluster = lasting()
     controller = run_until_killed(bench, plan, cluster, 7)
-    idle = cluster.start_gang(controller.shape, 1)
+    idle = cluster.start_gang(controller.pool.shapes[0], 1)
     idle.poll_start()
-    controller.pool.gangs.append(idle)
+    controller.pool.adopt(idle)
     controller.pool.keep_lease()
     run_on(bench, plan, cluster)
     assert idle.state is GangState.DEAD
@@ -192,9 +193,9 @@ def test_a_gang_of_another_shape_is_followed_to_its_end_and_then_dismissed(bench
     cluster = lasting()
     run_until_killed(bench, plan, cluster, 7)
     wider = plan_of(tmp_path, ["resources.cpus=2", "seeds=[1,2]"])
-    watcher = run_on(bench, wider, cluster)
+    run_on(bench, wider, cluster)
     assert set(bench.states(wider).values()) == {"COMPLETE"}
-    assert sum("the sweep asks for 1 rank(s) x 2 CPU now" in line for line in watcher.lines) == 2
+    assert all(gang.state is GangState.DEAD for gang in cluster.gangs)
     assert [gang.shape.cpus_per_rank for gang in cluster.gangs] == [1, 1, 2, 2]
 
 
@@ -291,6 +292,55 @@ def test_an_heir_killed_while_it_adopts_leaves_all_to_the_next(
         expire_leases(bench.store)
     deadly.arm(-1, after=True)
     run_on(bench, plan, cluster)
+    assert attempts_of(bench, plan) == {"baseline/1": ["complete"], "g1/1": ["complete"]}
+    assert bench.curves(plan) == undisturbed
+
+
+# -- the cluster goes away ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("LOOK_SECONDS", "PATIENCE_SECONDS", "CHECKPOINT_SECONDS"):
+        monkeypatch.setattr(f"orchestrator.controller.cluster_watch.{name}", 0.0)
+
+
+@pytest.mark.parametrize("are_dead", [False, True])
+@pytest.mark.usefixtures("hurried")
+def test_a_cluster_that_vanishes_ends_the_run_and_charges_no_trial(
+    bench: Bench, tmp_path: Any, undisturbed: Curves, are_dead: bool
+):
+    """Its gangs are heard for a while yet, or died with it."""
+    strict = plan_of(tmp_path, ["retry={infrastructure: 0, error: 0}"])
+    cluster, watcher = lasting(), Watcher()
+
+    def on_tick(snapshot: Any) -> None:
+        if any(running.step >= 7 for running in snapshot.running):
+            cluster.reachable = False
+            for gang in cluster.gangs if are_dead else []:
+                gang.dismiss()
+
+    watcher.on_tick = on_tick
+    with pytest.raises(ClusterLost, match="no trial is lost"), bench.controller(strict, cluster, watcher) as controller:
+        controller.run()
+    assert set(bench.states(strict).values()) <= {"RUNNING", "WAITING"}
+    assert bench.store.lease_holder(controller.sweep_id) is None
+    run_on(bench, strict, lasting())
+    cause = "controller_lost" if are_dead else "interrupted"
+    assert list(attempts_of(bench, strict).values()) == [[cause, "complete"]] * 2
+    assert bench.curves(strict) == undisturbed
+
+
+def test_a_head_that_comes_back_in_time_costs_nothing(
+    bench: Bench, plan: Plan, undisturbed: Curves, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("orchestrator.controller.cluster_watch.LOOK_SECONDS", 0.0)
+    cluster, watcher = lasting(), Watcher()
+    answers = iter([True, True, False, False, False])
+    monkeypatch.setattr(cluster, "is_reachable", lambda: next(answers, True))
+    with bench.controller(plan, cluster, watcher) as controller:
+        controller.run()
+    assert [line[:8].strip() for line in watcher.lines if "Ray's head" in line] == ["PAUSED", "goes on"]
     assert attempts_of(bench, plan) == {"baseline/1": ["complete"], "g1/1": ["complete"]}
     assert bench.curves(plan) == undisturbed
 

@@ -13,7 +13,16 @@ from orchestrator.cli.fresh import refuse_reuse, refuse_stale
 from orchestrator.cli.home import Home
 from orchestrator.cli.live import PlainView, view_for
 from orchestrator.cli.signing import check_key
-from orchestrator.controller import BudgetUsedUp, Controller, SweepStopped, View, choose_rates, grow_rates, is_dead
+from orchestrator.controller import (
+    BudgetUsedUp,
+    ClusterLost,
+    Controller,
+    SweepStopped,
+    View,
+    choose_rates,
+    grow_rates,
+    is_dead,
+)
 from orchestrator.gang import Cluster
 from orchestrator.notices import open_webhook
 from orchestrator.plan import Plan
@@ -143,6 +152,10 @@ def _run_missing(
         except SweepStopped as stopped:
             view.tell(f"stopped: {stopped}; the same command goes on from here")
             return INTERRUPTED_EXIT
+        except ClusterLost as lost:
+            raise UserError(
+                f"sweep {sweep.name}: {lost}. Once there is a cluster again, the same command goes on from here"
+            ) from lost
         except LeaseLost as lost:
             raise UserError(
                 f"sweep {sweep.name} was taken over by another run, and this one has ended: {lost}"

@@ -4,6 +4,7 @@ Read ``loop``, which is a page, then its steps: ``launching``, ``following``, ``
 ``sweep_run``, of which ``known_trials``, ``gang_pool`` and ``running`` (an attempt that is followed) are the parts.
 """
 
+from orchestrator.controller.cluster_watch import ClusterLost
 from orchestrator.controller.growing import grow_rates
 from orchestrator.controller.lease_holder import is_dead
 from orchestrator.controller.loop import BudgetUsedUp, Controller, SweepStopped
@@ -13,6 +14,7 @@ from orchestrator.controller.snapshot import Running, Snapshot, View
 
 __all__ = [
     "BudgetUsedUp",
+    "ClusterLost",
     "Controller",
     "Reproduction",
     "Running",

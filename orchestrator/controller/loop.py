@@ -12,6 +12,7 @@ from orchestrator.controller.adoption import adopt_orphans, new_lease_file, take
 from orchestrator.controller.announcing import Announcer
 from orchestrator.controller.budget import BudgetWatch
 from orchestrator.controller.clock import Clock
+from orchestrator.controller.cluster_watch import ClusterLost, ClusterWatch
 from orchestrator.controller.disk import DiskWatch
 from orchestrator.controller.ends import end_attempt
 from orchestrator.controller.following import follow
@@ -114,6 +115,7 @@ class Controller:
         self.sharing = Sharing(store, sweep.name, cluster.identity, pool, self.trials, self.orders)
         self.pruning = RankPruning(self.sweep_run)
         self.stopping = Stopping()
+        self.cluster_watch = ClusterWatch(cluster, self.sweep_run, self._follow)
         self.outage.is_hurried = lambda: self.stopping.is_hurried
 
     @property
@@ -137,10 +139,11 @@ class Controller:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         is_clean = kind is None or issubclass(kind, SweepStopped | UserError)
-        if is_clean or not self.pool.lease_file:
+        has_cluster = kind is not ClusterLost
+        if has_cluster and (is_clean or not self.pool.lease_file):
             self.pool.dismiss_all()
         # Otherwise the gangs train on: they belong to whoever took the sweep over, or takes it over next.
-        if is_clean:
+        if is_clean or not has_cluster:
             self.store.release_lease(self.lease)
 
     def _keep_lease(self) -> None:
@@ -162,9 +165,10 @@ class Controller:
     # -- the loop -------------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Until every trial has ended. Raises SweepStopped after a clean stop."""
+        """Until every trial has ended. Raises SweepStopped after a clean stop, ClusterLost when Ray's head is gone."""
         while True:
             self._keep_lease()
+            self.cluster_watch.look()
             self.stopping.heed_requests(self.sweep_run)
             self._refresh()
             self._check_budget()
@@ -230,6 +234,8 @@ class Controller:
 
     def _follow(self, attempt: RunningAttempt) -> None:
         end = follow(self.sweep_run, attempt)
+        if end is not None and end.summary is None and not self.cluster_watch.is_there():
+            return  # gangs that die with their cluster are not to blame: the next look tells
         if end is not None:
             end_attempt(self.sweep_run, attempt, end)
 

@@ -1,0 +1,74 @@
+"""Ray's head is gone: nothing that gangs seem to do then is booked against their trials, and the controller leaves.
+
+Without its head a cluster ends itself after a minute, this process included. Ranks can still be called until then: they
+are told to checkpoint. What they don't manage stays open in the store, for the next controller to adopt or to free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from orchestrator.controller.running import RunningAttempt
+from orchestrator.controller.sweep_run import SweepRun
+from orchestrator.failures import Wish
+from orchestrator.gang import Cluster
+
+LOOK_SECONDS = 1.0
+PATIENCE_SECONDS = 15.0
+"""A head that is restarted with its state kept is back by then."""
+CHECKPOINT_SECONDS = 20.0
+
+
+class ClusterLost(Exception):
+    """Ray's head does not answer any more. The next run goes on once there is a cluster again."""
+
+
+class ClusterWatch:
+    """``follow`` books the end of an attempt, if it has one."""
+
+    def __init__(self, cluster: Cluster, run: SweepRun, follow: Callable[[RunningAttempt], None]) -> None:
+        self._cluster, self._run, self._follow = cluster, run, follow
+        self._looked_at = -float("inf")
+
+    def is_there(self) -> bool:
+        """Whether the head answers now: asked before an end is booked that may be the cluster's."""
+        return self._cluster.is_reachable()
+
+    def look(self) -> None:
+        """Now and then, before Ray is asked for anything: its own calls would wait for the head until it ends us.
+
+        Raises ClusterLost once the head has been away for too long.
+        """
+        clock = self._run.clock
+        if clock.monotonic() - self._looked_at < LOOK_SECONDS:
+            return
+        self._looked_at = clock.monotonic()
+        if self.is_there():
+            return
+        self._run.view.tell("PAUSED    Ray's head does not answer; training goes on while it can")
+        if not self._wait_until(self.is_there, PATIENCE_SECONDS):
+            self._leave()
+        self._run.view.tell("goes on   Ray's head is back")
+
+    def _leave(self) -> None:
+        for attempt in self._run.running:
+            attempt.ask_to_stop(Wish("interrupted", "interrupted", "Ray's head went away"))
+        self._wait_until(self._have_all_ended, CHECKPOINT_SECONDS)
+        left = len(self._run.running)
+        said = f"; {left} attempt(s) could not be told to stop" if left else ""
+        raise ClusterLost(f"Ray's head does not answer any more{said}; no trial is lost, nothing is charged")
+
+    def _have_all_ended(self) -> bool:
+        for attempt in list(self._run.running):
+            self._follow(attempt)
+        return not self._run.running
+
+    def _wait_until(self, condition: Callable[[], bool], seconds: float) -> bool:
+        clock = self._run.clock
+        deadline = clock.monotonic() + seconds
+        while not condition():
+            if clock.monotonic() >= deadline:
+                return False
+            self._run.pool.keep_lease()
+            clock.sleep(LOOK_SECONDS / 2)
+        return True
