@@ -159,6 +159,7 @@ class SimulatedCluster:
         self._num_events = 0
 
     outlives_driver = False
+    identity = "simulated-cluster"
 
     def is_reachable(self) -> bool:
         return True

@@ -78,7 +78,8 @@ class Sharing:
         """The shapes of our gangs but of idle ones that no trial waits for. Trials that such a gang takes next are
         taken out of ``queues``."""
         idle = [gang for gang in self._pool.idle() if not gang.is_landing]
-        needed = [gang.shape for gang in self._pool.gangs if gang not in idle]
+        are_idle = {id(gang) for gang in idle}
+        needed = [gang.shape for gang in self._pool.gangs if id(gang) not in are_idle]
         for gang in idle:
             if queues.get(gang.shape, 0):
                 queues[gang.shape] -= 1
