@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 
 from orchestrator import report
-from orchestrator.cli.home import existing_store
+from orchestrator.cli.home import Home, existing_store
 from orchestrator.report import Results
 from orchestrator.sweep import UserError
 
@@ -53,6 +53,19 @@ _EXPLANATION: Renderers = {TableFormat.JSON: report.explanation_to_json}
 
 def register(app: typer.Typer, console: Console) -> None:
     """Add the verb to ``app``; it prints on ``console``."""
+
+    @app.command("report")
+    def write_report(
+        sweep: Annotated[str, typer.Argument(help="The sweep's name.", show_default=False)],
+        out: Annotated[
+            Path | None, typer.Option(help="The folder; by default reports/SWEEP in the home.", show_default=False)
+        ] = None,
+    ) -> None:
+        """A sweep as one HTML file that needs no network, and its pictures as PNG beside it."""
+        with existing_store() as store:
+            page, *pictures = report.write_report(store, sweep, out or Home.of().directory / "reports" / sweep)
+        console.print(f"{page}", soft_wrap=True, highlight=False, markup=False)
+        console.print(f"and {len(pictures)} PNG beside it", highlight=False)
 
     @app.command()
     def results(

@@ -4,6 +4,7 @@ from orchestrator.report.against import Against, AgainstView, against_paper, aga
 from orchestrator.report.differences import DifferencesView, TrialDifferences, differences, differences_to_json
 from orchestrator.report.explanation import Explanation, ExplanationView, explain, explanation_to_json
 from orchestrator.report.formats import to_csv, to_json, to_markdown
+from orchestrator.report.html import write_report
 from orchestrator.report.listings import plan_table, status_table
 from orchestrator.report.measured import measured_table
 from orchestrator.report.mechanism import Mechanism, mechanism
@@ -62,4 +63,5 @@ __all__ = [
     "to_parquet",
     "to_text",
     "watch_frame",
+    "write_report",
 ]

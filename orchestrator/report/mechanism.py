@@ -95,9 +95,13 @@ class Mechanism:
 
 def mechanism(store: Store, sweep_name: str) -> Mechanism:
     """Table 4 of a stored sweep, as its trials stand now. UserError when there is no such sweep."""
-    answer = results(store, sweep_name)
-    settings = store.sweep(sweep_name).settings.get("diagnostics")
-    num_steps = {row.fingerprint: row.config.train.num_steps for row in store.trials(store.sweep(sweep_name).id)}
+    return mechanism_behind(store, results(store, sweep_name))
+
+
+def mechanism_behind(store: Store, answer: Results) -> Mechanism:
+    """The same of results that were read before."""
+    settings = store.sweep(answer.sweep).settings.get("diagnostics")
+    num_steps = {row.fingerprint: row.config.train.num_steps for row in store.trials(store.sweep(answer.sweep).id)}
     at_best = [fingerprint for table in answer.tables for row in table.rows for fingerprint in row.trials_best]
     seen = {fingerprint: _trial(store, fingerprint, num_steps[fingerprint]) for fingerprint in at_best}
     tables = tuple(_table(table, answer, seen, settings) for table in answer.tables)

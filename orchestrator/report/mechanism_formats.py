@@ -19,7 +19,7 @@ from orchestrator.report.figures import NOTHING, axes_text, loss_text, lr_text, 
 from orchestrator.report.formats import MEANS_VERSION, derived_value, markdown_line, markdown_text
 from orchestrator.report.mechanism import FORMULA_VERSION, ArmMechanism, Mechanism, MechanismTable, Spread
 
-_HEADINGS = ("arm", "best LR", "gate score", "M-Act", "F-Attn", "loss spikes", "loss (nats)")
+MECHANISM_HEADINGS = ("arm", "best LR", "gate score", "M-Act", "F-Attn", "loss spikes", "loss (nats)")
 
 
 @dataclass(frozen=True)
@@ -44,16 +44,16 @@ class MechanismView:
 
 def _grid(table: MechanismTable) -> Table:
     grid = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
-    for index, heading in enumerate(_HEADINGS):
+    for index, heading in enumerate(MECHANISM_HEADINGS):
         grid.add_column(Text(heading), justify="right" if index else "left", overflow="fold")
     for row in table.rows:
-        first, *others = (Text(cell) for cell in _cells(row, "\n"))
+        first, *others = (Text(cell) for cell in mechanism_cells(row, "\n"))
         first.stylize("bold" if row.is_baseline else "")
         grid.add_row(first, *others)
     return grid
 
 
-def _cells(row: ArmMechanism, separator: str) -> tuple[str, ...]:
+def mechanism_cells(row: ArmMechanism, separator: str) -> tuple[str, ...]:
     return (
         row.arm,
         lr_text(row.best_lr),
@@ -93,8 +93,8 @@ def mechanism_to_markdown(mechanism: Mechanism) -> str:
     for table in mechanism.tables:
         if table.axes:
             lines += [markdown_text(axes_text(dict(table.axes))), ""]
-        lines += [markdown_line(_HEADINGS), "|---|" + "---:|" * (len(_HEADINGS) - 1)]
-        lines += [markdown_line(_cells(row, ", ")) for row in table.rows]
+        lines += [markdown_line(MECHANISM_HEADINGS), "|---|" + "---:|" * (len(MECHANISM_HEADINGS) - 1)]
+        lines += [markdown_line(mechanism_cells(row, ", ")) for row in table.rows]
         lines += ["", *(f"- {markdown_text(note)}" for note in table.footnotes), ""]
     return "\n".join(lines)
 

@@ -165,9 +165,13 @@ def _trial_results(store: Store, sweep: SweepRow, tail: float) -> list[TrialResu
 def _layout(values: Mapping[str, Any], known: dict[int, str]) -> str:
     """What differs from one rank, as the sweep file names it. ``known``: by the identity of shared values."""
     if id(values) not in known:
-        set_fields = Layout.model_validate(values).model_dump(exclude_defaults=True)
-        known[id(values)] = ", ".join(f"{name} {value}" for name, value in set_fields.items()) or "one rank"
+        known[id(values)] = layout_text(values)
     return known[id(values)]
+
+
+def layout_text(values: Mapping[str, Any]) -> str:
+    set_fields = Layout.model_validate(values).model_dump(exclude_defaults=True)
+    return ", ".join(f"{name} {value}" for name, value in set_fields.items()) or "one rank"
 
 
 def _trial_result(

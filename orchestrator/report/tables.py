@@ -297,6 +297,7 @@ def _row(arm: _Arm, judged: Verdict, split: Split, exploratory: bool) -> ArmRow:
         trials=tuple(trial.fingerprint for trial in arm.trials),
         trials_best=tuple(trial.fingerprint for trial in arm.at_best),
         trials_complete=tuple(trial.fingerprint for trial in complete),
+        points=rate.points,
     )
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from orchestrator.scaling import Edge, Optimum, PruningAudit
+from orchestrator.scaling import Edge, LearningRatePoint, Optimum, PruningAudit
 from orchestrator.store import RankDecision
 from orchestrator.verdict import Decision, Design, Method, NoiseFloor
 
@@ -155,6 +155,8 @@ class ArmRow:
     trials_best: tuple[str, ...]
     """Fingerprints of what the means are taken over: trials at the best learning rate, or those that confirm it."""
     trials_complete: tuple[str, ...]
+    points: tuple[LearningRatePoint, ...] = ()
+    """Every learning rate that was tried, ascending, by the trials that choose."""
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,16 @@ class Optimum:
     tolerance_open: tuple[bool, bool]
     """Whether the range goes on beyond the fitted rates."""
     num_rates: int
+    loss_nats: float
+    """Of the parabola at ``lr`` ..."""
+    curvature: float
+    """... and what it rises by, per squared unit of log LR."""
+    fitted: tuple[float, float]
+    """The lowest and the highest rate that it was fitted to."""
+
+    def loss_at(self, lr: float) -> float:
+        """The fitted loss in nats."""
+        return self.loss_nats + self.curvature * (math.log(lr) - math.log(self.lr)) ** 2
 
 
 def pooled_variance(arms: Sequence[BestLearningRate]) -> tuple[float, int]:
@@ -66,7 +76,7 @@ def fit_optimum(
     weights = np.array([len(point.losses_nats) for point in window], dtype=float)
     means = np.array([point.mean_loss_nats for point in window])
     inverse = np.linalg.inv(design.T @ (weights[:, None] * design))
-    _, b, c = (float(value) for value in inverse @ (design.T @ (weights * means)))
+    a, b, c = (float(value) for value in inverse @ (design.T @ (weights * means)))
     if c <= 0.0:
         return None
     best = -b / (2 * c)
@@ -88,6 +98,9 @@ def fit_optimum(
         tolerance=tolerance,
         tolerance_open=is_open,
         num_rates=len(window),
+        loss_nats=a - b * b / (4 * c),
+        curvature=c,
+        fitted=(window[0].lr, window[-1].lr),
     )
 
 

@@ -1,0 +1,100 @@
+"""All that a report shows, read from the store and drawn. Verdicts first: the rest is of the trials behind them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from orchestrator.report.figures import axes_text
+from orchestrator.report.html.origins import Origins, origins_of
+from orchestrator.report.mechanism import MechanismTable, mechanism_behind
+from orchestrator.report.plots import (
+    ArmCurves,
+    ArmProbes,
+    Picture,
+    curves_picture,
+    effects_picture,
+    inside_picture,
+    rates_picture,
+)
+from orchestrator.report.results import results
+from orchestrator.report.tree import Results, VerdictTable
+from orchestrator.store import RankDecision
+
+if TYPE_CHECKING:
+    from orchestrator.store import Store
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One verdict table with all that belongs to it."""
+
+    heading: str
+    """The values of its axes; empty when only the learning rate varies."""
+    table: VerdictTable
+    mechanism: MechanismTable
+    pictures: tuple[Picture, ...]
+    inside: tuple[Picture, ...]
+    not_drawn: tuple[str, ...]
+    """Arms whose curves have no place yet: no learning rate of theirs has all its trials."""
+
+
+@dataclass(frozen=True)
+class Material:
+    results: Results
+    comparisons: tuple[Comparison, ...]
+    decisions: tuple[RankDecision, ...]
+    """What was pruned by rank, oldest first."""
+    origins: Origins
+    written_at: datetime
+
+    @property
+    def pictures(self) -> Iterator[Picture]:
+        for one in self.comparisons:
+            yield from (*one.pictures, *one.inside)
+
+
+def gathered(store: Store, sweep_name: str) -> Material:
+    """UserError when there is no such sweep."""
+    answer = results(store, sweep_name)
+    tables = mechanism_behind(store, answer).tables
+    pairs = list(zip(answer.tables, tables, strict=True))
+    sweep = store.sweep(sweep_name)
+    return Material(
+        results=answer,
+        comparisons=tuple(
+            _comparison(store, answer, table, inside, "" if len(pairs) == 1 else f"-{number}")
+            for number, (table, inside) in enumerate(pairs, start=1)
+        ),
+        decisions=tuple(store.rank_decisions(sweep.id)),
+        origins=origins_of(store, sweep),
+        written_at=datetime.now(UTC),
+    )
+
+
+def _comparison(
+    store: Store, answer: Results, table: VerdictTable, mechanism: MechanismTable, suffix: str
+) -> Comparison:
+    """``suffix``: what tells the files of several tables apart."""
+    order = [row.arm for row in table.rows]
+    behind = {row.arm: row.trials_best for row in table.rows}
+    curves = [ArmCurves(arm, tuple(store.curve(one) for one in trials)) for arm, trials in behind.items() if trials]
+    probes = [
+        ArmProbes(arm, tuple(tuple(store.layers(one)) for one in trials)) for arm, trials in behind.items() if trials
+    ]
+    drawn = (
+        effects_picture(f"effects{suffix}", table.rows, answer.baseline, answer.margin_nats),
+        rates_picture(f"learning-rates{suffix}", table.rows),
+        curves_picture(f"loss-curves{suffix}", curves, answer.baseline, order),
+    )
+    inside = inside_picture(f"inside{suffix}", probes, order)
+    return Comparison(
+        heading=axes_text(dict(table.axes)),
+        table=table,
+        mechanism=mechanism,
+        pictures=tuple(picture for picture in drawn if picture is not None),
+        inside=() if inside is None else (inside,),
+        not_drawn=tuple(arm for arm, trials in behind.items() if not trials),
+    )
