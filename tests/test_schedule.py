@@ -26,6 +26,7 @@ def few_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the loop between two events."""
     monkeypatch.setattr("orchestrator.controller.loop.POLL_SECONDS", 10.0)
     monkeypatch.setattr("orchestrator.controller.loop.REFRESH_SECONDS", 60.0)
+    monkeypatch.setattr("orchestrator.controller.loop.LEASE_SECONDS", 10_000.0)
 
 
 @pytest.fixture

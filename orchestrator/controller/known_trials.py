@@ -63,14 +63,19 @@ class KnownTrials:
     def read(self, everything: bool = False) -> None:
         """What changed since the last reading; ``everything``: also what was added or is no longer the sweep's."""
         now, asked = self._clock.monotonic(), datetime.now(UTC)
+        changes = []
+        if not everything and now - self._all_read_at <= FULL_READ_SECONDS:
+            changes = self._store.trial_changes(self._sweep_id, self._since)
+            everything = any(change["fingerprint"] not in self._rows for change in changes)
         if everything or now - self._all_read_at > FULL_READ_SECONDS:
             rows = self._store.trials(self._sweep_id)
             self._forget()
             self._all_read_at = now
         else:
-            rows = self._store.trials(self._sweep_id, changed_since=self._since)
+            rows = [dataclasses.replace(self._rows[change["fingerprint"]], **change) for change in changes]
         for row in rows:
-            self._put(row)
+            if self._rows.get(row.fingerprint) != row:
+                self._put(row)
         self._since, self.read_at = asked - CLOCK_SKEW, now
 
     def note(self, trial: TrialRow, state: str, not_before: float = 0.0) -> None:

@@ -161,9 +161,14 @@ class Store:
         """UserError, with the nearest name, when there is none."""
         return self._read(reader.sweep, name)
 
-    def trials(self, sweep_id: int, changed_since: datetime | None = None) -> list[TrialRow]:
-        """The sweep's current trials, by position; or those that were written since, by the writers' clocks."""
-        return self._read(reader.trials, sweep_id, changed_since)
+    def trials(self, sweep_id: int) -> list[TrialRow]:
+        """The sweep's current trials, by position."""
+        return self._read(reader.trials, sweep_id)
+
+    def trial_changes(self, sweep_id: int, since: datetime) -> list[dict[str, Any]]:
+        """The fields of TrialRow that can change, with the fingerprint, of the trials that were written since, by the
+        writers' clocks."""
+        return self._read(reader.trial_changes, sweep_id, since)
 
     def outcomes(self, sweep_id: int, tail: float) -> list[Outcome]:
         """The sweep's current trials by position with what was measured of them, fast: what its tables are made of."""

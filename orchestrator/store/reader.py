@@ -56,8 +56,8 @@ def _sweep_row(connection: Connection, row: RowMapping) -> SweepRow:
     return SweepRow(arms=tuple(arms), **values)
 
 
-def trials(connection: Connection, sweep_id: int, changed_since: datetime | None = None) -> list[TrialRow]:
-    """The current trials of a sweep, in execution order; with ``changed_since`` those that were written later."""
+def trials(connection: Connection, sweep_id: int) -> list[TrialRow]:
+    """The current trials of a sweep, in execution order."""
     link, trial, attempt = schema.sweep_trial, schema.trial, schema.attempt
     num_attempts = select(func.count()).where(attempt.c.fingerprint == trial.c.fingerprint).scalar_subquery()
     shared = (
@@ -74,9 +74,20 @@ def trials(connection: Connection, sweep_id: int, changed_since: datetime | None
         .where(link.c.sweep_id == sweep_id, link.c.current)
         .order_by(link.c.position)
     )
-    if changed_since is not None:
-        query = query.where(trial.c.updated_at >= changed_since)
     return [_trial_row(row) for row in connection.execute(query).mappings()]
+
+
+def trial_changes(connection: Connection, sweep_id: int, since: datetime) -> list[dict[str, Any]]:
+    """What can change of the sweep's current trials that were written since."""
+    link, trial, attempt = schema.sweep_trial, schema.trial, schema.attempt
+    num_attempts = select(func.count()).where(attempt.c.fingerprint == trial.c.fingerprint).scalar_subquery()
+    changing = (trial.c.fingerprint, trial.c.state, trial.c.cause, trial.c.reason, trial.c.end_step)
+    query = (
+        select(*changing, trial.c.reopened_after, num_attempts.label("num_attempts"))
+        .join(link, trial.c.fingerprint == link.c.fingerprint)
+        .where(link.c.sweep_id == sweep_id, link.c.current, trial.c.updated_at >= since)
+    )
+    return [dict(row) for row in connection.execute(query).mappings()]
 
 
 def _trial_row(row: RowMapping) -> TrialRow:
