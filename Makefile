@@ -32,6 +32,7 @@ bench: $(VENV)/installed-dev
 bench-store: $(VENV)/installed-dev
 	$(BIN)/python tests/bench/store_scale.py
 	$(BIN)/python tests/bench/store_scale.py --sweeps 1
+	for backend in sqlite postgresql; do $(BIN)/python -W ignore tests/bench/ingest.py --backend $$backend || exit 1; done
 
 # Turnaround of trials, beside Ray Tune's and Ray Train's.
 bench-turnaround: $(VENV)/installed-dev

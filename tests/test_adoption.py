@@ -389,8 +389,7 @@ def test_a_sweep_that_shares_trials_adopts_them_and_the_one_that_slept_lets_them
         assert len(heir.running) == 2
         for gang in cluster.gangs:
             gang.train_on(50)
-        for attempt in list(slept.running):
-            slept._follow(attempt)
+        slept._follow(list(slept.running))
         assert (slept.running, slept.pool.gangs) == ([], [])
         assert all(gang.state is not GangState.DEAD for gang in cluster.gangs)
         heir.run()

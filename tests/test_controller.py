@@ -563,9 +563,9 @@ def test_a_shared_trial_is_adopted_when_the_sweep_that_ran_it_dies(
     assert len(watcher.started()) == 2
     assert bench.curves(sister) == undisturbed
     # The dying one wakes up: its attempts are over, and it can neither end them nor break.
-    for attempt in list(dying.running):
+    for attempt in dying.running:
         attempt.gang.dismiss()
-        dying._follow(attempt)
+    dying._follow(list(dying.running))
     assert dying.running == []
     assert set(bench.states(plan).values()) == {"COMPLETE"}
     assert bench.curves(sister) == undisturbed

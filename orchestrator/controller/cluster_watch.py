@@ -24,9 +24,9 @@ class ClusterLost(Exception):
 
 
 class ClusterWatch:
-    """``follow`` books the end of an attempt, if it has one."""
+    """``follow`` books the ends of attempts, of those that have one."""
 
-    def __init__(self, cluster: Cluster, run: SweepRun, follow: Callable[[RunningAttempt], None]) -> None:
+    def __init__(self, cluster: Cluster, run: SweepRun, follow: Callable[[list[RunningAttempt]], None]) -> None:
         self._cluster, self._run, self._follow = cluster, run, follow
         self._looked_at = -float("inf")
 
@@ -59,8 +59,7 @@ class ClusterWatch:
         raise ClusterLost(f"Ray's head does not answer any more{said}; no trial is lost, nothing is charged")
 
     def _have_all_ended(self) -> bool:
-        for attempt in list(self._run.running):
-            self._follow(attempt)
+        self._follow(list(self._run.running))
         return not self._run.running
 
     def _wait_until(self, condition: Callable[[], bool], seconds: float) -> bool:

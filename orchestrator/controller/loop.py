@@ -191,8 +191,7 @@ class Controller:
 
     def _work(self) -> None:
         """What runs a bit further, and trials onto gangs: those that have ended make room at once."""
-        for attempt in self._to_follow():
-            self._follow(attempt)
+        self._follow(self._to_follow())
         self.pool.follow_starts()
         self._share()
         caps = self.sharing.caps(self.orders.caps())
@@ -232,11 +231,10 @@ class Controller:
         elif launched[1] is not None:
             end_attempt(self.sweep_run, launched[0], launched[1])
 
-    def _follow(self, attempt: RunningAttempt) -> None:
-        end = follow(self.sweep_run, attempt)
-        if end is not None and end.summary is None and not self.cluster_watch.is_there():
-            return  # gangs that die with their cluster are not to blame: the next look tells
-        if end is not None:
+    def _follow(self, attempts: list[RunningAttempt]) -> None:
+        for attempt, end in follow(self.sweep_run, attempts):
+            if end.summary is None and not self.cluster_watch.is_there():
+                continue  # gangs that die with their cluster are not to blame: the next look tells
             end_attempt(self.sweep_run, attempt, end)
 
     def _abandon(self) -> None:

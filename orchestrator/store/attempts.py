@@ -80,15 +80,16 @@ def has_ended(connection: Connection, attempt: AttemptRow, cause: str, reason: s
     return connection.execute(select(table.c.id).where(*ended)).one_or_none() is not None
 
 
-def record(connection: Connection, lease: Lease, attempt: AttemptRow, records: Sequence[Record]) -> None:
-    """Keep an attempt's records; those already there stay. An ended attempt still takes them (recovery reads late)."""
+def record(connection: Connection, lease: Lease, batch: Sequence[tuple[AttemptRow, Sequence[Record]]]) -> None:
+    """Keep attempts' records; those already there stay. An ended attempt still takes them (recovery reads late)."""
     leases.check(connection, lease)
-    steps = [_finite(item, attempt.id) for item in records if isinstance(item, StepRecord)]
-    validations = [_finite(item, attempt.id) for item in records if isinstance(item, ValidationRecord)]
+    everything = [(attempt.id, item) for attempt, records in batch for item in records]
+    steps = [_finite(item, of) for of, item in everything if isinstance(item, StepRecord)]
+    validations = [_finite(item, of) for of, item in everything if isinstance(item, ValidationRecord)]
     insert_missing(connection, schema.step_metric, steps)
     insert_missing(connection, schema.validation, validations)
-    probed = [item for item in records if isinstance(item, DiagnosticRecord)]
-    layers = [{"attempt_id": attempt.id, **row} for item in probed for row in layer_rows(item)]
+    probed = [(of, item) for of, item in everything if isinstance(item, DiagnosticRecord)]
+    layers = [{"attempt_id": of, **row} for of, item in probed for row in layer_rows(item)]
     insert_missing(connection, schema.layer_diagnostic, layers)
 
 

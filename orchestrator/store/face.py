@@ -286,8 +286,12 @@ class Store:
 
     def record(self, lease: Lease, attempt: AttemptRow, records: Sequence[Record]) -> None:
         """Keep records, in bulk; those already there stay."""
-        if records:
-            self._write(attempts.record, lease, attempt, records)
+        self.record_all(lease, [(attempt, records)])
+
+    def record_all(self, lease: Lease, batch: Sequence[tuple[AttemptRow, Sequence[Record]]]) -> None:
+        """The same for several attempts, in one transaction."""
+        if any(records for _, records in batch):
+            self._write(attempts.record, lease, batch)
 
     def end_attempt(
         self,
