@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ from orchestrator.plan.cells import (
     excluded_by,
     number_of_cells,
 )
+from orchestrator.plan.contrasts import Change, Contrast, contrasts, refuse_undeclared
+from orchestrator.plan.controls import gates_add, sized
 from orchestrator.plan.files import Files
 from orchestrator.plan.fit import memory_needed, memory_refusals, micro_batch_sizes
 from orchestrator.plan.refusals import refusals
@@ -47,7 +49,9 @@ LR = "train.lr"
 __all__ = [
     "LR",
     "MAX_TRIALS",
+    "Change",
     "Confirmation",
+    "Contrast",
     "GrownRate",
     "Plan",
     "PlannedTrial",
@@ -147,6 +151,11 @@ class Plan:
         return sum(trial.training_flops for trial in self.trials)
 
     @property
+    def contrasts(self) -> tuple[Contrast, ...]:
+        """In what each arm differs from the baseline of its cells; of several learning rates one is looked at."""
+        return contrasts(self.sweep, self.trials)
+
+    @property
     def confirming(self) -> tuple[PlannedTrial, ...]:
         """All that may come once learning rates are chosen."""
         return tuple(one for each in self.confirmations for of_rate in each.by_lr.values() for one in of_rate)
@@ -209,24 +218,19 @@ def expand(sweep: Sweep, *, files_may_be_absent: bool = False) -> Plan:
     if num_trials > MAX_TRIALS:
         raise UserError(f"{sweep.places.file}: {num_trials:,} trials; allowed: at most {MAX_TRIALS:,}")
     files = Files(Path(sweep.path).parent, may_be_absent=files_may_be_absent)
-    cells = _cells(sweep, files)
     runnable: list[_Cell] = []
     refused: list[Refusal] = []
-    for cell in cells:
-        config, reasons = cell.config, []
-        try:
-            config = matched(config, sweep, cell.arm, cell.resources)
-        except ValueError as error:
-            reasons.append(f"match {sweep.match.by} is impossible: {error}")
-        reasons += refusals(config, cell.resources)
-        reasons = reasons or memory_refusals(config, cell.resources, refusals)
+    for cell, reasons in _with_sizes(sweep, _cells(sweep, files)):
+        reasons += refusals(cell.config, cell.resources)
+        reasons = reasons or memory_refusals(cell.config, cell.resources, refusals)
         if reasons:
             refused.append(Refusal(cell.arm, cell.axes, "; ".join(reasons)))
         else:
-            runnable.append(replace(cell, config=config))
+            runnable.append(cell)
     _refuse_identical(sweep, runnable)
     _refuse_other_measures(sweep, runnable)
     trials = _in_order(sweep, runnable)
+    refuse_undeclared(sweep, contrasts(sweep, trials))
     confirmations = _confirmations(sweep, runnable, trials)
     absent = tuple(files.absent.values())
     return Plan(sweep, trials, tuple(refused), absent, confirmations, files.named, tuple(runnable))
@@ -286,6 +290,24 @@ def _cells(sweep: Sweep, files: Files) -> list[_Cell]:
     _refuse_empty(sweep, cells)
     _refuse_overrides_in_vain(sweep, cells)
     return cells
+
+
+def _with_sizes(sweep: Sweep, cells: list[_Cell]) -> Iterator[tuple[_Cell, list[str]]]:
+    """The cells with their final widths: gated ones matched, controls sized; and why that is impossible, if it is."""
+    gated: dict[tuple[tuple[str, Any], ...], list[TrialConfig]] = {}
+    for cell in cells if sweep.sized_controls else ():
+        gated.setdefault(_key(cell.axes), []).append(cell.config)
+    for cell in cells:
+        said = f"match {sweep.match.by}"
+        try:
+            config = matched(cell.config, sweep, cell.arm, cell.resources)
+            if cell.arm in sweep.sized_controls:
+                said = f"control {cell.arm}"
+                config = sized(config, cell.arm, gates_add(gated[_key(cell.axes)]), cell.resources)
+        except ValueError as error:
+            yield cell, [f"{said} is impossible: {error}"]
+        else:
+            yield replace(cell, config=config), []
 
 
 def _refuse_empty(sweep: Sweep, cells: list[_Cell]) -> None:

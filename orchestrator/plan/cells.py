@@ -97,7 +97,7 @@ def compose(sweep: Sweep, arm: str, assignment: Leaves) -> Leaves:
     """
     leaves: Leaves = {}
     for nested, source in ((sweep.base, ("base",)), (sweep.arms[arm], ("arms", arm))):
-        for path, leaf in _flat(nested, "", source):
+        for path, leaf in flat(nested, "", source):
             # A plug-in without options of its own here leaves those from before as they are.
             if leaf.value != {} or not any(old.startswith(f"{path}.") for old in leaves):
                 _lay_over(leaves, path, leaf)
@@ -152,15 +152,16 @@ def _value(leaves: Leaves, path: str) -> Any:
 
 def _of_preset(preset: Leaf) -> Iterator[tuple[str, Leaf]]:
     """The preset's fields, those of its experts too; all of them stand where the preset was named."""
-    for path, leaf in _flat(PRESETS[preset.value].model_dump(), "model.", ()):
+    for path, leaf in flat(PRESETS[preset.value].model_dump(), "model.", ()):
         yield path, Leaf(leaf.value, preset.source)
 
 
-def _flat(tree: Mapping[str, Any], prefix: str, source: DocumentPath) -> Iterator[tuple[str, Leaf]]:
+def flat(tree: Mapping[str, Any], prefix: str, source: DocumentPath) -> Iterator[tuple[str, Leaf]]:
+    """The values of a nested section by their dotted paths; a plug-in without options is one itself."""
     for name, value in tree.items():
         below = (*source, name)
         if isinstance(value, dict) and (value or prefix != _PLUGINS):
-            yield from _flat(value, f"{prefix}{name}.", below)
+            yield from flat(value, f"{prefix}{name}.", below)
         else:
             yield f"{prefix}{name}", Leaf(value, below)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
+from orchestrator.report.contrasts import several_things
 from orchestrator.report.figures import lr_text, plural, states_text
 from orchestrator.report.tree import STATES, UNFINISHED, ArmRow, Split, SweepHeading, TrialResult
 from orchestrator.scaling import Optimum
@@ -28,6 +29,7 @@ def footnotes(
         _interval(heading, comparison),
         _look(heading, comparison),
         _changes(heading),
+        several_things({row.arm: heading.declared.get(row.arm, ()) for row in rows}),
         _noise_floor(rows, comparison),
         heading.rates_note,
         _confirmed(heading, rows),

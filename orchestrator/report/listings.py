@@ -13,6 +13,7 @@ from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderR
 from rich.table import Table
 from rich.text import Text
 
+from orchestrator.report.contrasts import contrast_lines
 from orchestrator.report.figures import (
     NOTHING,
     axes_text,
@@ -69,6 +70,18 @@ class _Listing:
         yield table
 
 
+@dataclass(frozen=True)
+class _Hanging:
+    """A line whose continuation is indented, and that breaks between words only."""
+
+    line: str
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        own = len(self.line) - len(self.line.lstrip())
+        lines = wrapped(self.line.lstrip(), options.max_width - own)
+        yield Text("\n".join(" " * own + line for line in lines))
+
+
 def plan_table(plan: Plan, states: Mapping[str, str] | None = None) -> RenderableType:
     """Every trial of a plan, the refusals first and the totals last. ``states``: of the fingerprints in the store."""
     known = states or {}
@@ -92,6 +105,7 @@ def plan_table(plan: Plan, states: Mapping[str, str] | None = None) -> Renderabl
     parts += _absent_lines(plan)
     parts += _refusal_lines(plan.refusals)
     parts += [table, Text("")] if plan.trials else []
+    parts += [*map(_Hanging, told), Text("")] if (told := contrast_lines(plan)) else []
     return Group(*parts, *map(Text, _plan_totals(plan, known)))
 
 

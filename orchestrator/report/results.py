@@ -58,6 +58,7 @@ def _heading(sweep: SweepRow) -> SweepHeading:
         confirm_seeds=confirming,
         searched_rates=searched,
         rates_note=note,
+        declared={arm: tuple(keys) for arm, keys in (sweep.settings.get("declared") or {}).items()},
     )
 
 

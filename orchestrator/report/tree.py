@@ -57,6 +57,8 @@ class SweepHeading:
     """How learning rates were found that the file does not name."""
     comparisons: Mapping[str, int] = field(default_factory=dict)
     """By sweep, the arms that are compared with this sweep's baseline trials, its own among them."""
+    declared: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """By arm, the config keys that it sets otherwise than the baseline, in any of its cells."""
     rank_decisions: tuple[RankDecision, ...] = ()
     """What was pruned by rank, oldest first."""
 

@@ -48,7 +48,7 @@ def add_event(
 
 def add_plan(connection: Connection, plan: Plan) -> Added:
     """Keep what is known, add what is missing, and mark what the plan no longer holds as not current."""
-    sweep_id = _put_sweep(connection, plan.sweep)
+    sweep_id = _put_sweep(connection, plan)
     _put_arms(connection, sweep_id, plan.sweep)
     fingerprints = [planned.fingerprint for planned in plan.trials]
     if len(set(fingerprints)) != len(fingerprints):
@@ -171,10 +171,13 @@ def _confirm(connection: Connection, sweep_id: int, confirmation: Confirmation, 
     connection.execute(update(schema.sweep).where(schema.sweep.c.id == sweep_id).values(verdict=verdict))
 
 
-def _put_sweep(connection: Connection, sweep: Sweep) -> int:
-    """The column ``verdict`` is written once: what was declared before anything ran holds, whatever comes later."""
-    now = datetime.now(UTC)
-    settings = sweep.model_dump(mode="json")
+def _put_sweep(connection: Connection, plan: Plan) -> int:
+    """The column ``verdict`` is written once: what was declared before anything ran holds, whatever comes later.
+
+    ``settings`` also hold ``declared``: by arm, the keys that it sets otherwise than the baseline.
+    """
+    now, sweep = datetime.now(UTC), plan.sweep
+    settings = {**sweep.model_dump(mode="json"), "declared": _declared(plan)}
     values: dict[str, Any] = {
         "question": sweep.question,
         "baseline": sweep.baseline,
@@ -200,6 +203,13 @@ def _put_sweep(connection: Connection, sweep: Sweep) -> int:
         )
         add_event(connection, sweep_id, "verdict settings changed", message)
     return sweep_id
+
+
+def _declared(plan: Plan) -> dict[str, list[str]]:
+    keys: dict[str, dict[str, None]] = {}
+    for contrast in plan.contrasts:
+        keys.setdefault(contrast.arm, {}).update(dict.fromkeys(change.key for change in contrast.declared))
+    return {arm: list(of_arm) for arm, of_arm in keys.items()}
 
 
 def verdict_seeds(settings: Mapping[str, Any]) -> dict[str, list[int]]:

@@ -24,7 +24,7 @@ from orchestrator.sweep.override import apply_override
 from orchestrator.sweep.pruning import PruneConfig
 from orchestrator.sweep.rates import ExtendedRates, SearchedRates
 from orchestrator.sweep.resources import ResourcesConfig
-from orchestrator.sweep.settings import ArmName, Seed, Settings, Sweep, VerdictConfig
+from orchestrator.sweep.settings import ArmName, MatchConfig, Seed, Settings, Sweep, VerdictConfig
 from orchestrator.sweep.wording import describe, nearest
 
 _REQUIRED = ("name", "question", "base", "baseline", "arms", "seeds")
@@ -64,6 +64,7 @@ def parse(text: str, path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
     values = _settings(tree, problems)
     values |= _cells(tree, problems)
     problems.raise_if_any()
+    values["sized_controls"] = _sized_controls(values, problems)
     values["arms"] = _with_controls(values)
     values["resources"] = _with_rules_checked(values, problems)
     values["extra_baseline_seeds"] = _extra_baseline_seeds(values, problems)
@@ -168,17 +169,40 @@ def _with_controls(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The arms, and the half-scale control behind them in a gate sweep: one with gated arms and an ungated baseline.
 
     Where ``base``, the baseline or an axis has gates there is no ungated twin to halve; and a sweep that has the
-    control itself, by name or by what it sets, keeps its own.
+    control itself, by name or by what it sets, keeps its own. Sized controls come last, still as the baseline is.
     """
     arms: dict[str, dict[str, Any]] = values["arms"]
-    gated = [name for name, content in arms.items() if content.get("gate") or content.get("more_gates")]
+    sized = dict.fromkeys(values["sized_controls"], arms[values["baseline"]])
+    its_own = "half-scale" in arms or HALF_SCALE in arms.values()
+    if "half-scale" not in values.get("controls", ("half-scale",)) or not _is_gate_sweep(values) or its_own:
+        return {**arms, **sized}
+    return {**arms, "half-scale": {**arms[values["baseline"]], **HALF_SCALE}, **sized}
+
+
+def _is_gate_sweep(values: dict[str, Any]) -> bool:
+    """Whether some arms have gates and their baseline has none."""
+    gated = [name for name, content in values["arms"].items() if content.get("gate") or content.get("more_gates")]
     varied = [*values["axes"], *(name for part in (*values["zip"], *values["rows"]) for name in part)]
     has_gates = values["base"].get("gate") or values["base"].get("more_gates") or values["baseline"] in gated
     has_gates = has_gates or any(name.startswith("gate.") or name == "more_gates" for name in varied)
-    its_own = "half-scale" in arms or HALF_SCALE in arms.values()
-    if "half-scale" not in values.get("controls", ("half-scale",)) or not gated or has_gates or its_own:
-        return arms
-    return {**arms, "half-scale": {**arms[values["baseline"]], **HALF_SCALE}}
+    return bool(gated) and not has_gates
+
+
+def _sized_controls(values: dict[str, Any], problems: Problems) -> tuple[str, ...]:
+    """Those that are asked for and that the sweep has not written itself; their size is a matter of the cell."""
+    arms: dict[str, dict[str, Any]] = values["arms"]
+    wanted = dict.fromkeys(values.get("controls", ()))
+    sized = tuple(name for name in wanted if name != "half-scale" and name not in arms)
+    if not sized:
+        return ()
+    said = f"{', '.join(sized)}: sized by what gates add to the baseline, and "
+    if not _is_gate_sweep(values):
+        problems.add(
+            ("controls",), f"{said}this is no sweep of gated arms and an ungated baseline; allowed: [half-scale] or []"
+        )
+    elif (match := values.get("match", MatchConfig())).by != "none":
+        problems.add(("controls",), f"{said}match: {match.by} takes that off again; allowed: with match: none")
+    return sized
 
 
 def _with_rules_checked(values: dict[str, Any], problems: Problems) -> ResourcesConfig:

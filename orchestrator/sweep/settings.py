@@ -6,7 +6,7 @@ whole config, and making cells is the plan's work.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, model_validator
 
@@ -71,6 +71,8 @@ class VerdictConfig(Frozen):
             raise ValueError("method auto tests the arms' own variances, which pairing has none of; name the method")
         return self
 
+
+Control = Literal["half-scale", "wider-ffn", "more-kv-heads", "more-query-heads", "more-experts"]
 
 CountsAs = Literal["infrastructure", "error", "never_again", "nothing"]
 """The retry budget that an end is charged to; ``never_again`` fails at once, ``nothing`` is retried uncounted."""
@@ -154,11 +156,11 @@ class Settings(Frozen):
     baseline_seeds: Count | None = None
     """Seeds of the baseline; None: sqrt(other arms) times those of an arm, rounded; as many when paired, or when an
     arm has a single one. Confirming ones, where there are some."""
-    controls: Annotated[tuple[Literal["half-scale"], ...], BeforeValidator(as_tuple)] = Field(
-        default=("half-scale",), description="[half-scale], or [] for none"
+    controls: Annotated[tuple[Control, ...], BeforeValidator(as_tuple)] = Field(
+        default=("half-scale",), description=f"a list of {', '.join(get_args(Control))}, or [] for none"
     )
     """Arms that join by themselves. ``half-scale``: the baseline with its attention output halved, as a fresh sigmoid
-    gate does, beside arms with gates."""
+    gate does, beside arms with gates. The others: the baseline made larger by the parameters of the dearest gates."""
     verdict: VerdictConfig = VerdictConfig()
     prune: PruneConfig = PruneConfig()
     resources: ResourcesConfig = ResourcesConfig()
@@ -187,6 +189,8 @@ class Sweep(Settings):
     confirm_seeds: tuple[Seed, ...] = ()
     """Those of the verdicts, at each arm's best learning rate, which ``seeds`` only choose. Without any, ``seeds`` do
     both."""
+    sized_controls: tuple[str, ...] = ()
+    """Arms that joined as controls and get their size in each cell; so far they set what the baseline does."""
     extra_baseline_seeds: tuple[Seed, ...] = ()
     """More seeds for the baseline, which every verdict of the sweep leans on: for all its cells, or confirming ones."""
     text: str = ""
