@@ -25,7 +25,7 @@ from orchestrator.report.plots import (
     rates_picture,
 )
 from orchestrator.report.plots.picture import arm_styles
-from orchestrator.store import Curve, Store
+from orchestrator.store import Curve, RankDecision, Store
 from orchestrator.sweep import UserError, VerdictConfig
 
 HOSTILE = '<script>alert("1")</script>'
@@ -145,6 +145,25 @@ def test_a_sweep_that_has_only_begun_says_so(store: Store, tmp_path: Path):
     text = Page(files[0].read_text()).text
     assert "Unfinished: 4 of 4 trials" in text
     assert "Without curves, as no learning rate has all its trials: baseline, gated" in text
+
+
+def test_pruning_is_told_with_its_audit(store: Store, tmp_path: Path):
+    run = Run(store, a_plan("quick", lrs=(1e-3, 2e-3, 4e-3)))
+    of_gated = [planned for planned in run.plan.trials if planned.arm == "gated"]
+    for planned in (*(one for one in run.plan.trials if one.arm == "baseline"), *of_gated[:2]):
+        run.complete(planned.fingerprint, 2.5 - planned.position / 10)
+    losses = {1e-3: 2.75, 2e-3: 2.8125, 4e-3: None}
+    decision = RankDecision("gated", {}, 0.25, (1,), losses, dropped=(2e-3, 4e-3), audited=(2e-3,), formula="halving-1")
+    store.add_rank_decision(run.lease, decision, "told")
+    assert store.prune(run.lease, [of_gated[2].fingerprint], "pruned") == [of_gated[2].fingerprint]
+    text = Page(write_report(store, "quick", tmp_path / "out")[0].read_text()).text
+    audit = results(store, "quick").pruning
+    assert audit is not None
+    assert (audit.num_dropped, audit.num_false) == (2, 1)
+    assert "false-prune rate 1 of 1 [0.03, 1.00]" in text
+    told = text[text.index("Pruning, audited") :]
+    assert "1e-3: 2.7500\n2e-3: 2.8125\n4e-3: diverged" in told
+    assert re.search(r"gated\s+-\s+25 %\s+1e-3: .*diverged\s+4e-3\s+2e-3", told, re.S)
 
 
 def test_what_is_there_is_replaced_whole(store: Store, tmp_path: Path):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from orchestrator.report.plots.picture import ArmStyle, Picture, arm_styles, drawing, finish
+from orchestrator.report.plots.picture import ArmStyle, Picture, arm_styles, drawing, finish, legend_height
 from orchestrator.store import LayerRow, mean_or_none
 
 if TYPE_CHECKING:
@@ -50,8 +50,9 @@ def inside_picture(name: str, arms: Sequence[ArmProbes], order: Sequence[str]) -
     ]
     shown = [(label, lines) for label, lines in measures if lines]
     styles = arm_styles(order)
-    with drawing(2.7 * len(shown) + 0.4) as figure:
-        grid = figure.subplots(len(shown), 2, squeeze=False, sharey="row")
+    heights = [max(2.7, legend_height(len(lines))) for _, lines in shown]
+    with drawing(sum(heights) + 0.4) as figure:
+        grid = figure.subplots(len(shown), 2, squeeze=False, sharey="row", height_ratios=heights)
         for (label, lines), (by_layer, over_training) in zip(shown, grid, strict=True):
             for line in lines:
                 _draw(by_layer, _by_layer(line), styles[line.arm])

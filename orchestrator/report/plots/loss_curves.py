@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.report.plots.picture import ArmStyle, Picture, arm_styles, drawing, finish
+from orchestrator.report.plots.picture import ArmStyle, Picture, arm_styles, drawing, finish, legend_height
 from orchestrator.store import Curve
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def curves_picture(name: str, arms: Sequence[ArmCurves], baseline: str, order: S
     styles = arm_styles(order)
     reference = _validations(next((one for one in drawn if one.arm == baseline), None))
     others = [one for one in drawn if one.arm != baseline and reference]
-    with drawing(6.6 if others else 4.0) as figure:
+    with drawing(max(6.6 if others else 4.0, legend_height(len(drawn)))) as figure:
         grid = figure.subplots(
             2 if others else 1, 1, sharex=True, squeeze=False, height_ratios=[3, 2][: 1 + bool(others)]
         )

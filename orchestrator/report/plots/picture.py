@@ -96,6 +96,11 @@ def _element(document: str) -> str:
     return document[document.index("<svg") :]
 
 
+def legend_height(number: int) -> float:
+    """Inches that a legend of so many lines takes: a figure lower than that would shrink its plots to nothing."""
+    return 0.2 * number + 0.4
+
+
 def panels(number: int, most_columns: int) -> tuple[int, int]:
     """Rows and columns for so many panels: columns are few first, then even."""
     rows = -(-number // most_columns)
