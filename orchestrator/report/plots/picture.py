@@ -39,7 +39,7 @@ _SETTINGS: Any = {  # Matplotlib types keys as literals in some versions
 # Okabe and Ito (2008), told apart in every common kind of colour blindness; their yellow is too faint on white.
 _COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)), (0, (3, 1, 1, 1, 1, 1)))
-_MARKERS = ("o", "s", "^", "D", "v", "P", "<", "*", ">")  # no cross: that is what diverged
+_MARKERS = ("o", "s", "^", "D", "v", "P", "<", "h", ">")  # no cross: that is what diverged
 
 
 @dataclass(frozen=True)
