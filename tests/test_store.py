@@ -36,7 +36,9 @@ def test_a_plan_is_kept_as_it_was_submitted(store: Store) -> None:
     assert (sweep.question, sweep.baseline, sweep.arms) == ("Is it better?", "baseline", ("baseline", "gated"))
     assert sweep.verdict == {**plan.sweep.verdict.model_dump(mode="json"), "baseline": "baseline"}
     assert (sweep.verdict["margin"], sweep.overrides) == (0.01, ("train.tokens=1e4",))
-    assert sweep.settings == plan.sweep.model_dump(mode="json")
+    declared = {contrast.arm: [one.key for one in contrast.declared] for contrast in plan.contrasts}
+    assert sweep.settings == {**plan.sweep.model_dump(mode="json"), "declared": declared}
+    assert declared
     assert abs(sweep.created_at - datetime.now(UTC)) < timedelta(minutes=5)
     kept = store.trials(sweep.id)
     assert [trial.config for trial in kept] == [trial.config for trial in plan.trials]
