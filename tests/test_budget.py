@@ -253,6 +253,30 @@ def test_the_plan_prices_what_is_left_at_the_measured_pace_or_at_the_peak(bench:
     )
 
 
+def test_a_plan_is_priced_by_complete_trials_else_by_the_peak_else_not_at_all(bench: Bench, tmp_path: Path):
+    cpus = plan_of(tmp_path, ["resources.layout.data=2"])
+    assert report.price_lines(cpus, {}, None) == [
+        "price: unknown; a throughput is known once a trial of this sweep is complete"
+    ]
+    done, left = cpus.trials
+    sweep_id = bench.store.add(cpus).sweep_id
+    standing = report.Standing(bench.store.spent(sweep_id), (), float(done.training_flops), 0.0, 3.0, 1)
+    pace = left.training_flops / done.training_flops
+    walls = " to ".join(f"{hours:.3g}" for hours in sorted((1.5, 1.5 * pace)))
+    assert report.price_lines(cpus, {done.fingerprint: "COMPLETE"}, standing) == [
+        f"price: about {3 + 3 * pace:.3g} CPU-hours, {3 * pace:.3g} of them still to do; {walls} hours a trial; at the "
+        f"pace of the complete trial ({done.training_flops / 3 / 3600:.3g} FLOP/s a CPU)"
+    ]
+    # 989.5e12 FLOP/s in bf16, as in the data sheet; two ranks of one GPU each.
+    big = plan_of(tmp_path, ["train.tokens=2e12", "resources={gpus: 1, accelerator: h100, layout: {data: 2}}"])
+    (line,) = report.price_lines(big, {}, None)
+    hours = [trial.training_flops / 989.5e12 / 3600 for trial in big.trials]
+    assert line.startswith(f"price: at least {sum(hours):.3g} GPU-hours, {sum(hours):.3g} of them still to do; ")
+    assert f"; {min(hours) / 2:.3g} to {max(hours) / 2:.3g} hours a trial; the GPUs at their peak" in line
+    (unknown,) = report.price_lines(plan_of(tmp_path, ["resources.gpus=1"]), {}, None)
+    assert unknown.endswith("complete, or by resources.accelerator")
+
+
 def test_the_pace_is_that_of_complete_trials_with_all_their_attempts(store: Store):
     run = Run(store)
     assert store.pace(run.sweep_id) == (0.0, 0.0, 0.0, 0)

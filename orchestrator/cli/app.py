@@ -59,7 +59,7 @@ def plan(file: File, overrides: Overrides = None) -> None:
     planned = expand(load(file, overrides or ()), files_may_be_absent=True)
     states, standing = _known(Home.of(), planned.sweep.name)
     console.print(report.plan_table(planned, states))
-    for line in report.budget_forecast(planned, states, standing):
+    for line in (*report.price_lines(planned, states, standing), *report.budget_forecast(planned, states, standing)):
         console.print(line, highlight=False)
     if planned.refusals:
         raise typer.Exit(USER_ERROR_EXIT)

@@ -16,7 +16,7 @@ from orchestrator.report.mechanism_formats import (
 )
 from orchestrator.report.paper_form import to_latex, to_parquet
 from orchestrator.report.results import results
-from orchestrator.report.spending import Standing, budget_forecast, budget_lines
+from orchestrator.report.spending import Standing, budget_forecast, budget_lines, price_lines
 from orchestrator.report.tables import tabulate
 from orchestrator.report.terminal import ResultsView, to_text
 from orchestrator.report.tree import ArmRow, Results, SweepHeading, TrialResult, VerdictTable
@@ -53,6 +53,7 @@ __all__ = [
     "mechanism_to_json",
     "mechanism_to_markdown",
     "plan_table",
+    "price_lines",
     "results",
     "status_table",
     "tabulate",

@@ -66,15 +66,52 @@ def budget_forecast(plan: Plan, states: Mapping[str, str], standing: Standing | 
     return said
 
 
+def price_lines(plan: Plan, states: Mapping[str, str], standing: Standing | None) -> list[str]:
+    """Hours of devices for the sweep and hours of a trial, and at which throughput; or that none is known.
+
+    At the pace of the sweep's own complete trials, which counts all their attempts with all that these held; before
+    there are any, at least what GPUs would take whose peak is known, at that peak.
+    """
+    if not plan.trials:
+        return []
+    gpus = plan.sweep.resources.gpus > 0
+    device, measured = ("GPU", "gpu_hours") if gpus else ("CPU", "cpu_hours")
+    taken = getattr(standing, measured) if standing else 0.0
+    if standing is not None and taken and standing.flops:
+        hours = [trial.training_flops * taken / standing.flops for trial in plan.trials]
+        rate = standing.flops / taken / 3600
+        about, how = "about", f"{_complete_text(standing)} ({rate:.3g} FLOP/s a {device})"
+        how = f"at the pace of {how}"
+    elif gpus and (at_peak := _hours_at_peak(plan, plan.trials)) is not None:
+        hours, about, how = at_peak, "at least", "the GPUs at their peak all the time"
+    else:
+        known = "once a trial of this sweep is complete" + (", or by resources.accelerator" if gpus else "")
+        return [f"price: unknown; a throughput is known {known}"]
+    left = sum(one for trial, one in zip(plan.trials, hours, strict=True) if states.get(trial.fingerprint) not in _OVER)
+    walls = sorted(one / _devices(trial, gpus) for trial, one in zip(plan.trials, hours, strict=True))
+    span = " to ".join(dict.fromkeys(hours_text(one) for one in (walls[0], walls[-1])))
+    total = f"{about} {hours_text(sum(hours))} {device}-hours, {hours_text(left)} of them still to do"
+    return [f"price: {total}; {span} hours a trial; {how}"]
+
+
+def _devices(trial: PlannedTrial, gpus: bool) -> float:
+    """That a trial holds while it runs."""
+    return trial.layout.world_size * (trial.resources.gpus if gpus else trial.resources.cpus)
+
+
+def _complete_text(standing: Standing) -> str:
+    return "the complete trial" if standing.num_complete == 1 else f"{standing.num_complete:,} complete trials"
+
+
 def _what_is_left(plan: Plan, left: Sequence[PlannedTrial], name: str, room: float, standing: Standing | None) -> str:
     flops = sum(trial.training_flops for trial in left)
     measured = getattr(standing, name) if standing else 0.0
     if standing is not None and measured and standing.flops:
         takes = flops * measured / standing.flops
-        trials = "the complete trial" if standing.num_complete == 1 else f"{standing.num_complete:,} complete trials"
-        words = f"the rest takes about {hours_text(takes)}, at the pace of {trials}"
+        words = f"the rest takes about {hours_text(takes)}, at the pace of {_complete_text(standing)}"
     else:
-        least = _at_peak(plan, left) if name == "gpu_hours" else None
+        at_peak = _hours_at_peak(plan, left) if name == "gpu_hours" else None
+        least = None if at_peak is None else sum(at_peak)
         if least is None:
             return "; what the rest takes is known once a trial is complete"
         takes = least
@@ -82,13 +119,9 @@ def _what_is_left(plan: Plan, left: Sequence[PlannedTrial], name: str, room: flo
     return f"; {words}" + (f": {hours_text(takes - room)} more than there is" if takes > room else "")
 
 
-def _at_peak(plan: Plan, left: Sequence[PlannedTrial]) -> float | None:
-    """GPU-hours; None when a peak is not known."""
-    hours = 0.0
-    for trial in left:
-        resources = plan.sweep.resources.of(trial.arm, trial.axes)
-        peak = resources.rank_peak_flops(trial.config.precision)
-        if peak is None:
-            return None
-        hours += trial.training_flops / peak * resources.gpus / 3600
-    return hours
+def _hours_at_peak(plan: Plan, trials: Sequence[PlannedTrial]) -> list[float] | None:
+    """GPU-hours of each; None when a peak is not known."""
+    resources = plan.sweep.resources
+    peaks = [resources.rank_peak_flops(trial.config.precision) for trial in trials]
+    seconds = [trial.training_flops / peak for trial, peak in zip(trials, peaks, strict=True) if peak is not None]
+    return [one * resources.gpus / 3600 for one in seconds] if len(seconds) == len(trials) else None
