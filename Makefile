@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 # Ray's and torch's own threads would fight over a laptop's cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test test-gpu test-cluster bench bench-store bench-turnaround bench-scale lint format clean
+.PHONY: quickstart test test-gpu test-cluster bench bench-store bench-turnaround bench-scale bench-prune lint format clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/gatesweep run sweeps/quickstart.yaml
@@ -26,7 +26,7 @@ test-cluster: $(VENV)/installed-dev
 # Ratios on this machine's CPU; gate_bandwidth.py in the same folder needs a GPU.
 bench: $(VENV)/installed-dev
 	for script in plain_gpt step_time diagnostics; do $(BIN)/python -W ignore tests/bench/$$script.py || exit 1; done
-	@echo "make bench-scale: 10,000 trials over simulated gangs; make bench-store, make bench-turnaround: the store, and the time between trials"
+	@echo "make bench-scale: 10,000 trials over simulated gangs; make bench-store, make bench-turnaround: the store, and the time between trials; make bench-prune: pruning on a recorded grid"
 
 # The store with 10^5 trials and 10^7 metric rows: about 3 GB in the folder for temporary files, and some minutes.
 bench-store: $(VENV)/installed-dev
@@ -39,6 +39,10 @@ bench-turnaround: $(VENV)/installed-dev
 	$(BIN)/python -W ignore tests/bench/turnaround.py
 
 # 10,000 trials over simulated gangs, in real time (ten minutes) and in virtual time; schedule.py --trials 1000 is shorter.
+# Policies that stop trials early, replayed on the curves of one recorded grid.
+bench-prune: $(VENV)/installed-dev
+	$(BIN)/python -W ignore tests/bench/prune.py
+
 bench-scale: $(VENV)/installed-dev
 	$(BIN)/python -W ignore tests/bench/schedule.py
 
