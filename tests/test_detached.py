@@ -1,6 +1,6 @@
-"""Several Ray nodes on this machine, the command as a child process: it is killed, and no number changes.
+"""Several Ray nodes on this machine, the command as a child process: it is killed, a node is, and no number changes.
 
-The first test is for every day; the other takes longer and runs by ``make test-cluster``.
+The first test is for every day; the others take about two minutes and run by ``make test-cluster``.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def test_a_gang_on_two_nodes_outlives_its_killed_controller_and_is_adopted(
 def test_a_gang_that_nobody_adopts_checkpoints_and_goes_away_with_all_it_held(
     nodes: RayNodes, tmp_path: Path, calm_stages: Any
 ):
-    overrides = (*STAGES, "resources.grace_seconds=1")
+    overrides = (*STAGES, "resources.grace_seconds=10")
     home = Home(tmp_path, SWEEP, overrides)
     home.store.add(home.plan)
     first = run_on(nodes, home, overrides)
@@ -150,3 +150,23 @@ def test_a_gang_that_nobody_adopts_checkpoints_and_goes_away_with_all_it_held(
     assert causes == (["complete"] if summary.outcome == "complete" else ["controller_lost", "complete"])
     assert home.result(LEARNS) == calm_stages
     home.store.close()
+
+
+@long_form
+def test_a_node_that_is_killed_in_the_middle_costs_its_trial_an_attempt_and_no_bit(
+    nodes: RayNodes, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+):
+    calm, home = Home(tmp_path_factory.mktemp("calm"), SWEEP), Home(tmp_path, SWEEP)
+    until_done(run_on(nodes, calm))
+    home.store.add(home.plan)
+    process = run_on(nodes, home)
+    until_steps(home, 30, process)
+    nodes.remove_node(nodes.list_all_nodes()[-1], allow_graceful=False)
+    until_done(process)
+    for word in (LEARNS, "lr=0.002"):
+        assert home.result(word) == calm.result(word)
+    causes = sorted(str([one.cause for one in attempts_of(home, word)]) for word in (LEARNS, "lr=0.002"))
+    assert causes[0] == "['complete']"
+    assert causes[1] in ("['node_lost', 'complete']", "['rank_died', 'complete']")
+    home.store.close()
+    calm.store.close()
