@@ -23,6 +23,11 @@ test-gpu: $(VENV)/installed-dev
 test-cluster: $(VENV)/installed-dev
 	GATESWEEP_CLUSTER_TESTS=1 $(BIN)/python -m pytest -m cluster
 
+# A hundred faults, drawn from CHAOS_SEED; CHAOS_FAULTS=10 for a first look. Starts a cluster of its own.
+.PHONY: chaos
+chaos: $(VENV)/installed-dev
+	CHAOS_FAULTS=$${CHAOS_FAULTS:-100} $(BIN)/python -m pytest -s -m cluster tests/chaos
+
 # Ratios on this machine's CPU; gate_bandwidth.py in the same folder needs a GPU.
 bench: $(VENV)/installed-dev
 	for script in plain_gpt step_time diagnostics; do $(BIN)/python -W ignore tests/bench/$$script.py || exit 1; done

@@ -1,0 +1,329 @@
+"""What a sweep stands on, started here and ours to break: Ray with several nodes, PostgreSQL, MLflow, controllers.
+
+Everything listens on free ports, MLflow on loopback alone; Ray, which has no cluster on loopback, asks for a token.
+Whoever dies is started again by ``World.tend``, as an operator would do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import ray
+from store_backends import PostgresServer
+from sweep_runs import wait_for
+
+from models import run_dir
+
+TREE = Path(__file__).parents[2]
+NUM_NODES, CPUS_A_NODE = 2, 2
+HOME_MEGABYTES = 2048
+STARTS = 5
+NODE_NAMES = ("node-manager-port", "object-manager-port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port")
+NODE_NAMES += ("runtime-env-agent-port", "metrics-export-port")
+MINIMAL_RAY = """
+import ray._private.utils
+ray._private.utils.get_dashboard_dependency_error = lambda: ImportError("not wanted")
+from ray.scripts.scripts import main
+main()
+"""
+"""Ray as it is without its extra for dashboards: agents that begin in a fraction of the time."""
+LOST_AFTER = {"initial_delay_ms": 2000, "period_ms": 1000, "timeout_ms": 2000, "failure_threshold": 5}
+"""A node that does not answer is given up after some ten seconds; Ray's own is half a minute."""
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for one in sockets:
+        one.bind(("127.0.0.1", 0))
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
+def is_listening(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=5).close()
+    except OSError:
+        return False
+    return True
+
+
+class Service:
+    """A child process with all that it has started, and what it said."""
+
+    def __init__(self, command: list[str], log: Path, environment: dict[str, str], cwd: Path) -> None:
+        self.log = log
+        with log.open("a") as stream:
+            self.process = subprocess.Popen(
+                command, env=environment, cwd=cwd, stdout=stream, stderr=stream, start_new_session=True
+            )
+        self._root = psutil.Process(self.process.pid)
+        self._known: set[psutil.Process] = {self._root}
+
+    @property
+    def is_dead(self) -> bool:
+        return self.process.poll() is not None
+
+    def family(self) -> list[psutil.Process]:
+        """The process and its descendants, those included that lost their parent meanwhile."""
+        known = {one.pid: one for one in self._known if one.is_running()}
+        everyone = sorted(psutil.process_iter(["ppid", "create_time"]), key=lambda one: one.info["create_time"] or 0)
+        for one in everyone:  # parents before their children
+            if one.info["ppid"] in known:
+                known.setdefault(one.pid, one)
+        self._known = set(known.values())
+        return [one for one in known.values() if _state(one) != psutil.STATUS_ZOMBIE]
+
+    def named(self, word: str) -> list[psutil.Process]:
+        found = []
+        for one in self.family():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if word in " ".join(one.cmdline()[:2]):
+                    found.append(one)
+        return sorted(found, key=lambda one: one.pid)
+
+    def kill(self) -> None:
+        """With SIGKILL, all of it; what was stopped, too."""
+        family = self.family()
+        for one in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
+        self.process.wait()
+        psutil.wait_procs(family, timeout=10)
+
+
+def _state(one: psutil.Process) -> str:
+    try:
+        return str(one.status())
+    except psutil.NoSuchProcess:
+        return str(psutil.STATUS_ZOMBIE)
+
+
+def _is_begun(node: Service) -> bool:
+    return "Ray runtime started" in node.log.read_text()
+
+
+@dataclass(frozen=True)
+class Rank:
+    """A rank at work: its process holds the log of its attempt open."""
+
+    process: psutil.Process
+    number: int
+    attempt_dir: Path
+    node: Service
+
+    @property
+    def token(self) -> str:
+        return self.attempt_dir.name.partition("-")[2]
+
+
+class World:
+    """A cluster, a database, a tracking server, and the controllers of one sweep after the other."""
+
+    def __init__(self, folder: Path, postgres: PostgresServer) -> None:
+        self.folder, self.postgres = folder, postgres
+        self._short = Path(tempfile.mkdtemp(prefix="gsc", dir="/tmp"))  # Unix sockets have short paths
+        (folder / "token").write_text(secrets.token_hex(32))
+        self.port, self._tracker_port = free_ports(2)
+        self.address = f"{ray.util.get_node_ip_address()}:{self.port}"
+        self.nodes: list[Service] = []
+        self.tracker: Service | None = None
+        self.controller: Service | None = None
+        self.is_tracker_wanted = True
+        self.num_controllers = self._num_services = 0
+        self._killed: set[int] = set()
+        try:
+            self._start_cluster()  # before all else: see _until_begun
+            self.tracker = self._start_tracker()
+            wait_for(self.is_tracker_up, "the tracking server")
+        except BaseException:
+            self.close()
+            raise
+
+    # -- starting -------------------------------------------------------------------------------------------------
+
+    def _environment(self, **more: str) -> dict[str, str]:
+        kept = {name: text for name, text in os.environ.items() if not name.startswith(("RAY_", "MLFLOW_"))}
+        kept = {name: text for name, text in kept.items() if name == "GATESWEEP_KEY_FILE" or "GATESWEEP" not in name}
+        health = {f"RAY_health_check_{name}": str(value) for name, value in LOST_AFTER.items()}
+        patient = {"RAY_agent_register_timeout_ms": "300000", "RAY_worker_register_timeout_seconds": "300"}
+        patient |= {"RAY_raylet_start_wait_time_s": "60", "RAY_worker_niceness": "0"}  # Ray's own is 15
+        secret = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.folder / "token")}
+        own = {"PYTHONPATH": f"{TREE}", "OMP_NUM_THREADS": "1", "RAY_prestart_worker_first_driver": "0"}
+        return {**kept, **health, **patient, **secret, **own, **more}
+
+    def _service(self, name: str, command: list[str], **environment: str) -> Service:
+        self._num_services += 1
+        log = self.folder / f"{name}-{self._num_services}.log"
+        return Service([sys.executable, *command], log, self._environment(**environment), self.folder)
+
+    def _start_cluster(self) -> None:
+        self.head = self._until_begun(self._start_head)
+        self.nodes = []
+        for _ in range(NUM_NODES):
+            self.nodes.append(self._until_begun(self._start_node))
+
+    def _until_begun(self, start: Callable[[], Service]) -> Service:
+        """On a busy machine Ray gives up: its agents have 15 s to begin, which nothing changes."""
+        for _ in range(STARTS):
+            node = start()
+            wait_for(lambda node=node: _is_begun(node) or node.is_dead, "Ray to start")
+            if not node.is_dead:
+                return node
+            node.kill()
+        raise AssertionError(node.log.read_text())
+
+    def _start_head(self) -> Service:
+        return self._start_ray("head", ["--head", f"--port={self.port}", "--num-cpus=0"])
+
+    def _start_node(self) -> Service:
+        return self._start_ray("node", [f"--address={self.address}", f"--num-cpus={CPUS_A_NODE}"])
+
+    def _start_ray(self, name: str, own: list[str]) -> Service:
+        ports = dict(zip(NODE_NAMES, free_ports(len(NODE_NAMES)), strict=True))
+        where = []
+        if "--head" in own:
+            where = [f"--temp-dir={self._short}", "--include-dashboard=false"]
+            where += [f"--ray-client-server-port={free_ports(1)[0]}"]
+        command = ["-c", MINIMAL_RAY, "start", "--block", "--disable-usage-stats", *own, *where]
+        command += ["--object-store-memory=80000000", "--include-log-monitor=false"]
+        command += ["--min-worker-port=0", "--max-worker-port=0", *(f"--{name}={port}" for name, port in ports.items())]
+        return self._service(name, command)
+
+    def _start_tracker(self) -> Service:
+        where = [f"--backend-store-uri=sqlite:///{self.folder}/mlflow.db", f"--artifacts-destination={self.folder}/art"]
+        where += ["--host=127.0.0.1", f"--port={self._tracker_port}", "--workers=1"]
+        return self._service("mlflow", ["-m", "mlflow", "server", *where], MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false")
+
+    def is_tracker_up(self) -> bool:
+        self.tend()
+        return is_listening(self._tracker_port)
+
+    @property
+    def tracking_uri(self) -> str:
+        return f"http://127.0.0.1:{self._tracker_port}"
+
+    # -- a sweep --------------------------------------------------------------------------------------------------
+
+    def begin(self, run: Run) -> None:
+        self.run, self.num_controllers = run, 0
+        self._start_controller()
+
+    def _start_controller(self) -> None:
+        self.num_controllers += 1
+        command = ["-c", "from orchestrator.cli import main; main()", "run", str(self.run.sweep_file)]
+        self.controller = self._service(
+            "controller",
+            [*command, "--address", self.address],
+            GATESWEEP_HOME=str(self.run.home),
+            GATESWEEP_STORE=self.run.store_url,
+            GATESWEEP_MLFLOW=self.tracking_uri,
+        )
+
+    def kill_controller(self) -> None:
+        assert self.controller is not None
+        self._killed.add(self.controller.process.pid)
+        self.controller.kill()
+
+    def is_done(self) -> bool:
+        """Whether the sweep has ended well by its controller's account."""
+        return self.controller is not None and self.controller.process.poll() == 0
+
+    def tend(self) -> None:
+        """Start again what has died. A controller that gave up by itself is a defect."""
+        for place, node in enumerate(self.nodes):
+            others = [one for one in self.nodes if one is not node]
+            # Two that begin at once on one host would take each other's sockets.
+            if node.is_dead and all(_is_begun(one) or one.is_dead for one in others):
+                node.kill()
+                self.nodes[place] = self._start_node()
+        if self.is_tracker_wanted and self.tracker is not None and self.tracker.is_dead:
+            self.tracker = self._start_tracker()
+        if self.controller is not None and self.controller.is_dead and not self.is_done():
+            assert self.controller.process.pid in self._killed, self.controller.log.read_text()[-5000:]
+            self._start_controller()
+
+    def ranks(self) -> list[Rank]:
+        """Those that are at an attempt of the sweep, in a lasting order."""
+        found = []
+        for node in self.nodes:
+            for process in node.named("ray::_Rank"):
+                with contextlib.suppress(psutil.Error):
+                    for path in (Path(one.path) for one in process.open_files()):
+                        if path.name.startswith("log-rank") and self.run.home in path.parents:
+                            found.append(Rank(process, int(path.stem[len("log-rank") :]), path.parent, node))
+        working = [one for one in found if run_dir.read_summary(one.attempt_dir) is None]
+        return sorted(working, key=lambda one: (str(one.attempt_dir), one.number))
+
+    def told(self) -> str:
+        """The last that the controller said."""
+        return "" if self.controller is None else self.controller.log.read_text()[-3000:]
+
+    def close(self) -> None:
+        services = [self.controller, *self.nodes, getattr(self, "head", None), self.tracker]
+        for one in services:
+            if one is not None:
+                one.kill()
+        shutil.rmtree(self._short, ignore_errors=True)
+
+
+@dataclass
+class Run:
+    """One sweep in a home of its own."""
+
+    sweep_file: Path
+    home: Path
+    store_url: str
+
+    def steps_done(self) -> int:
+        """Optimizer steps of all attempts together, those that were trained again included."""
+        paths = self.home.glob("trials/*/attempts/*/metrics.jsonl")
+        return sum(path.read_bytes().count(b'"kind":"step"') for path in paths)
+
+    def take_room(self) -> None:
+        """The home's file system is made no larger than what lies on it; asked again while ranks write to it."""
+        while self._resize(f"{shutil.disk_usage(self.home).used}"):
+            pass
+
+    def give_room(self) -> None:
+        assert not self._resize(f"{HOME_MEGABYTES}m")
+
+    def _resize(self, size: str) -> int:
+        return subprocess.run(["mount", "-o", f"remount,size={size}", self.home], capture_output=True).returncode
+
+
+@contextlib.contextmanager
+def small_disk(place: Path) -> Iterator[bool]:
+    """A file system of its own at ``place``; False, and said aloud, where mounting is not allowed."""
+    place.mkdir(parents=True)
+    mount = shutil.which("mount")
+    asked = [str(mount), "-t", "tmpfs", "-o", f"size={HOME_MEGABYTES}m", "tmpfs", str(place)]
+    done = mount and subprocess.run(asked, capture_output=True)
+    if not done or done.returncode:
+        warnings.warn("no full disk among the faults: mounting a file system is not allowed here", stacklevel=2)
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def send(process: psutil.Process, number: signal.Signals) -> None:
+    """To one of our own; it may be gone already."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process.send_signal(number)
