@@ -32,6 +32,12 @@ class AgainstWhat(StrEnum):
     PAPER = "paper"
 
 
+class LadderAlong(StrEnum):
+    COMPUTE = "compute"
+    PARAMETERS = "parameters"
+    TOKENS = "tokens"
+
+
 Renderers = Mapping[TableFormat, Callable[[Any], str | bytes]]
 
 _VERDICTS: Renderers = {
@@ -47,6 +53,8 @@ _MECHANISM: Renderers = {
     TableFormat.MARKDOWN: report.mechanism_to_markdown,
 }
 _AGAINST: Renderers = {TableFormat.JSON: report.against_to_json, TableFormat.MARKDOWN: report.against_to_markdown}
+
+_LADDER: Renderers = {TableFormat.CSV: report.ladder_to_csv, TableFormat.JSON: report.ladder_to_json}
 
 _EXPLANATION: Renderers = {TableFormat.JSON: report.explanation_to_json}
 
@@ -88,13 +96,27 @@ def register(app: typer.Typer, console: Console) -> None:
             str | None,
             typer.Option("--explain", help="Instead: an arm's row with its formulas, and the trials behind it."),
         ] = None,
+        ladder: Annotated[
+            bool,
+            typer.Option("--ladder", help="Instead: scaling laws, speed-ups and rank flips over the sweep's sizes."),
+        ] = False,
+        along: Annotated[
+            LadderAlong | None, typer.Option(help="What a size is in --ladder; by default compute.", show_default=False)
+        ] = None,
     ) -> None:
         """The verdict table of a sweep."""
         instead = [
             name
-            for name, asked in (("--diagnostics", diagnostics), ("--against", against), ("--explain", explain))
+            for name, asked in (
+                ("--diagnostics", diagnostics),
+                ("--against", against),
+                ("--explain", explain),
+                ("--ladder", ladder),
+            )
             if asked
         ]
+        if along is not None and not ladder:
+            raise UserError(f"results: --along {along.value} without --ladder; allowed: with it")
         if len(instead) + bool(where) > 1:
             raise UserError(f"results: {', '.join(instead)}{' with --where' if where else ''}; allowed: one of them")
         with existing_store() as store:
@@ -105,6 +127,9 @@ def register(app: typer.Typer, console: Console) -> None:
             elif explain is not None:
                 found = report.explain(report.results(store, sweep), explain)
                 view, renderers, what = report.ExplanationView(found), _EXPLANATION, "--explain"
+            elif ladder:
+                found = report.ladder(store, sweep, (along or LadderAlong.COMPUTE).value)
+                view, renderers, what = report.LadderView(found), _LADDER, "--ladder"
             elif diagnostics:
                 found = report.mechanism(store, sweep)
                 view, renderers, what = report.MechanismView(found), _MECHANISM, "--diagnostics"

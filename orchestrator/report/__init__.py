@@ -5,6 +5,8 @@ from orchestrator.report.differences import DifferencesView, TrialDifferences, d
 from orchestrator.report.explanation import Explanation, ExplanationView, explain, explanation_to_json
 from orchestrator.report.formats import to_csv, to_json, to_markdown
 from orchestrator.report.html import write_report
+from orchestrator.report.ladder import Ladder, ladder
+from orchestrator.report.ladder_formats import LadderView, ladder_to_csv, ladder_to_json
 from orchestrator.report.listings import plan_table, status_table
 from orchestrator.report.measured import measured_table
 from orchestrator.report.mechanism import Mechanism, mechanism
@@ -29,6 +31,8 @@ __all__ = [
     "DifferencesView",
     "Explanation",
     "ExplanationView",
+    "Ladder",
+    "LadderView",
     "Mechanism",
     "MechanismView",
     "Results",
@@ -47,6 +51,9 @@ __all__ = [
     "differences_to_json",
     "explain",
     "explanation_to_json",
+    "ladder",
+    "ladder_to_csv",
+    "ladder_to_json",
     "measured_table",
     "mechanism",
     "mechanism_to_csv",

@@ -1,0 +1,238 @@
+"""Ladders: laws are recovered from noisy synthetic ones, refusals say why, and a stored sweep's are told whole."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+from scipy.optimize import least_squares
+
+from models.run_dir import Summary, ValidationRecord
+from orchestrator.plan import expand
+from orchestrator.report import LadderView, ladder, ladder_to_csv, ladder_to_json
+from orchestrator.report.ladder import Rung, rank_flips
+from orchestrator.scaling import RungLosses, fit_ladder
+from orchestrator.scaling.power_law import fit_many, log_losses
+from orchestrator.store import Store
+from orchestrator.sweep import UserError, parse
+
+FLOOR, EXPONENT, PIVOT = 1.8, 0.25, 1e14
+AMPLITUDES = {"baseline": 0.6, "arm": 0.55}
+TRUE_SPEED_UP = (0.6 / 0.55) ** (1 / EXPONENT)
+NOISE = 0.005
+
+
+def synthetic(num_rungs: int, seeds: int = 3, noise: float = NOISE, seed: int = 0) -> list[RungLosses]:
+    random = np.random.default_rng(seed)
+    return [
+        RungLosses(arm, size, tuple(law(arm, size) + noise * random.standard_normal(seeds)))
+        for arm in AMPLITUDES
+        for size in map(float, np.geomspace(1e12, 3e15, num_rungs))
+    ]
+
+
+def law(arm: str, size: float) -> float:
+    return float(FLOOR + AMPLITUDES[arm] * (size / PIVOT) ** -EXPONENT)
+
+
+@pytest.mark.parametrize("num_rungs", [5, 4, 3])
+def test_parameters_are_recovered_exactly_without_noise(num_rungs: int):
+    found = fit_ladder(synthetic(num_rungs, noise=1e-9), "baseline", resamples=19)
+    assert found.form == ("own" if num_rungs == 5 else "shared")
+    for one in found.laws:
+        amplitude = one.amplitude_nats.value * (PIVOT / one.reference) ** -EXPONENT
+        assert one.floor_nats.value == pytest.approx(FLOOR, rel=1e-4)
+        assert one.exponent.value == pytest.approx(EXPONENT, rel=1e-3)
+        assert amplitude == pytest.approx(AMPLITUDES[one.arm], rel=1e-3)
+    (speed_up,) = found.speed_ups
+    assert speed_up.ratio is not None
+    assert speed_up.ratio.value == pytest.approx(TRUE_SPEED_UP, rel=1e-3)
+
+
+def test_parameters_are_recovered_from_noisy_ladders_without_bias():
+    """400 ladders of five rungs and three seeds: the median's Monte-Carlo error is about SD * 1.25 / 20."""
+    random = np.random.default_rng(5)
+    sizes = np.repeat(np.log(np.geomspace(1e12, 3e15, 5) / PIVOT), 3)
+    arms = np.zeros(15, dtype=np.intp)
+    losses = FLOOR + 0.6 * np.exp(-EXPONENT * sizes) + NOISE * random.standard_normal((400, 15))
+    found = np.exp(fit_many(sizes, arms, losses, delta=0.004))
+    for column, true in zip(found.T, (FLOOR, EXPONENT, 0.6), strict=True):
+        assert abs(np.median(column) - true) < 4 * 1.25 * column.std() / 20
+        assert column.std() < 0.1 * true
+
+
+def test_the_fit_is_scipys_best_of_several_starts():
+    points = [one for one in synthetic(5, seed=3) if one.arm == "baseline"]
+    sizes = np.array([np.log(one.size / PIVOT) for one in points for _ in one.losses_nats])
+    losses = np.array([[loss for one in points for loss in one.losses_nats]])
+    arms, delta = np.zeros(15, dtype=np.intp), 0.003
+
+    def residuals(parameters):
+        return (log_losses(parameters[None], sizes, arms) - np.log(losses))[0]
+
+    def cost(parameters):
+        return least_squares(residuals, parameters, loss="huber", f_scale=delta, max_nfev=1).cost
+
+    scipys = min(
+        least_squares(
+            residuals, np.log([floor, exponent, 0.5]), loss="huber", f_scale=delta, xtol=1e-12, ftol=1e-12
+        ).cost
+        for floor in (0.5, 1.5, 2.0)
+        for exponent in (0.1, 0.5)
+    )
+    assert cost(fit_many(sizes, arms, losses, delta)[0]) <= scipys * (1 + 1e-4)
+
+
+@pytest.mark.parametrize("num_rungs", [5, 4])
+def test_intervals_cover_the_truth(num_rungs: int):
+    """30 ladders, so the Monte-Carlo SD of a coverage of 95 % is 4 points; 80 % is almost four of them below."""
+    hits = {"floor": 0, "exponent": 0, "speed-up": 0}
+    for seed in range(30):
+        found = fit_ladder(synthetic(num_rungs, seed=100 + seed), "baseline", resamples=99)
+        one = found.laws[1]
+        hits["floor"] += one.floor_nats.low <= FLOOR <= one.floor_nats.high
+        hits["exponent"] += one.exponent.low <= EXPONENT <= one.exponent.high
+        ratio = found.speed_ups[0].ratio
+        low, high = (None, None) if ratio is None else (ratio.low, ratio.high)
+        hits["speed-up"] += (low is None or low <= TRUE_SPEED_UP) and (high is None or high >= TRUE_SPEED_UP)
+    assert min(hits.values()) >= 24, hits
+
+
+def test_a_largest_rung_that_leaves_the_law_is_a_miss_of_many_sds():
+    points = synthetic(5)
+    assert all(abs(one.sds) < 4 for one in fit_ladder(points, "baseline", 99).left_out)
+    points[4] = replace(points[4], losses_nats=tuple(loss + 0.1 for loss in points[4].losses_nats))
+    broken = next(one for one in fit_ladder(points, "baseline", 99).left_out if one.arm == "baseline")
+    assert broken.miss_nats == pytest.approx(0.1, abs=0.03)
+    assert broken.sds > 4
+
+
+def test_too_few_rungs_are_refused_with_the_reason():
+    found = fit_ladder(synthetic(2), "baseline")
+    assert (found.form, found.laws) == (None, ())
+    assert "3 are needed" in found.problems[0]
+    alone = fit_ladder([one for one in synthetic(4) if one.arm == "arm"], "baseline")
+    assert alone.form is None
+    assert "two arms have to share" in alone.problems[0]
+    lacking = fit_ladder(synthetic(5)[:-1], "baseline", 19)
+    assert [one.arm for one in lacking.laws] == ["baseline"]
+    assert "arm: no law of 4 rung(s)" in lacking.problems[0]
+    with pytest.raises(ValueError, match="finite and above 0"):
+        fit_ladder([RungLosses("arm", 1e12, (float("nan"),))], "baseline")
+
+
+def test_one_seed_has_no_interval_and_a_lead_beyond_the_rungs_no_speed_up():
+    found = fit_ladder(synthetic(5, seeds=1, noise=0.0), "baseline")
+    assert all(one.exponent.low is None for one in found.laws)
+    assert any("single trial" in one for one in found.problems)
+    far = [
+        replace(one, losses_nats=tuple(loss - 0.15 for loss in one.losses_nats)) if one.arm == "arm" else one
+        for one in synthetic(5, noise=1e-6)
+    ]
+    (speed_up,) = fit_ladder(far, "baseline", 19).speed_ups
+    assert speed_up.ratio is None
+    assert "beyond the baseline's rungs" in speed_up.problem
+
+
+def rung(size: float, delta: float, half: float) -> Rung:
+    return Rung("arm", (("model.preset", size),), size, (2.0,), delta, delta - half, delta + half, (f"t{size:g}",))
+
+
+def test_a_flip_is_certain_only_when_both_intervals_exclude_zero():
+    (flip,) = rank_flips([rung(1, -0.05, 0.02), rung(2, 0.04, 0.02)])
+    assert flip.certain
+    assert (flip.lower.size, flip.upper.size) == (1, 2)
+    (possible,) = rank_flips([rung(1, -0.05, 0.02), rung(2, 0.01, 0.02)])
+    assert not possible.certain
+    assert not list(rank_flips([rung(1, -0.01, 0.02), rung(2, 0.01, 0.02)]))
+    assert not list(rank_flips([rung(1, -0.05, 0.02), rung(2, -0.04, 0.02)]))
+    around = list(rank_flips([rung(1, -0.05, 0.02), rung(2, -0.001, 0.02), rung(3, 0.04, 0.02)]))
+    assert [(one.lower.size, one.upper.size, one.certain) for one in around] == [(1, 3, True), (2, 3, False)]
+
+
+SWEEP = """
+name: sizes
+question: Does the lead hold with size?
+base: {data: {sequence_length: 64}}
+baseline: baseline
+arms: {baseline: {}, g1: {gate: {position: sdpa}}}
+zip:
+  - model.preset: [cpu-tiny, cpu-350k, cpu-1m, cpu-2m]
+    train.tokens: [5120, 10240, 20480, 40960]
+axes: {train.lr: [1e-3], train.batch_tokens: [128]}
+seeds: [1, 2]
+controls: []
+verdict: {margin: 0.01}
+"""
+
+
+def trained(store: Store, text: str = SWEEP) -> None:
+    """Losses fall with compute; G1 is ahead on all rungs but the last."""
+    plan = expand(parse(text, "sizes.yaml"))
+    lease = store.acquire_lease(store.add(plan).sweep_id, "host:1", 60)
+    for planned in plan.trials:
+        attempt = store.start_attempt(
+            lease, planned.fingerprint, layout=planned.layout, provenance={}, resume_step=0
+        )  # fmt: skip
+        steps, last = planned.config.train.num_steps, planned.config.train.tokens == 40960
+        loss = 2.0 + 0.5 * (planned.training_flops / 1e11) ** -0.2 + planned.seed / 1000
+        loss += (planned.arm == "g1") * (0.05 if last else -0.05)
+        record = ValidationRecord(
+            step=steps, tokens=int(planned.config.train.tokens), fraction=1.0, split="slice", loss_nats=loss,
+            bits_per_byte=loss, num_tokens=10, num_bytes=10,
+        )  # fmt: skip
+        store.record(lease, attempt, [record])
+        store.end_attempt(
+            lease, attempt, state="COMPLETE", cause="complete", reason="done", end_step=steps,
+            summary=Summary(outcome="complete", step=steps, resume_step=0, seconds=1.0, tokens_per_second=9.0),
+        )  # fmt: skip
+
+
+def test_a_stored_ladder_is_told_in_every_format(tmp_path: Path):
+    with Store(f"sqlite:///{tmp_path / 'store.db'}") as store:
+        trained(store, SWEEP.replace(", train.batch_tokens: [128]", "").replace("base: {", BATCH))
+        found = ladder(store, "sizes")
+        by_tokens = ladder(store, "sizes", "tokens")
+    assert found.laws.form == "shared"
+    assert [one.arm for one in found.laws.laws] == ["baseline", "g1"]
+    assert [one.size for one in by_tokens.rungs[:4]] == [5120, 10240, 20480, 40960]
+    assert {(flip.arm, flip.certain, dict(flip.upper.axes)["model.preset"]) for flip in found.flips} == {
+        ("g1", True, "cpu-2m")
+    }
+    stream = io.StringIO()
+    Console(file=stream, width=140, color_system=None).print(LadderView(found))
+    assert "RANK FLIP: g1" in stream.getvalue()
+    assert "shared by all arms" in stream.getvalue()
+    lines = list(csv.DictReader(io.StringIO(ladder_to_csv(found))))
+    assert len(lines) == 8
+    assert all(float(line["law_loss_nats"]) > 1 for line in lines)
+    content = json.loads(ladder_to_json(found))
+    assert content["laws"][0]["formula"] == "power-law-1"
+    assert len(content["laws"][0]["trials"]) == 16
+    assert len(content["flips"]) == 3
+    assert len(content["left_out"]) == 2
+
+
+BATCH = "base: {train: {batch_tokens: 128}, "
+
+
+def test_what_is_no_ladder_is_refused(tmp_path: Path):
+    with Store(f"sqlite:///{tmp_path / 'store.db'}") as store:
+        trained(store)
+        with pytest.raises(UserError, match=r"train.batch_tokens, which is no size"):
+            ladder(store, "sizes")
+        grid = (
+            SWEEP.replace("name: sizes", "name: grid")
+            .replace("base: {", BATCH)
+            .replace(", train.batch_tokens: [128]", "")
+        )
+        crossed = grid.replace("[5120, 10240, 20480, 40960]", "[40960, 20480, 10240, 5120]")
+        trained(store, crossed)
+        with pytest.raises(UserError, match="parameters and tokens do not grow together"):
+            ladder(store, "grid", "parameters")
