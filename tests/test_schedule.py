@@ -68,7 +68,7 @@ def waits(begun: Begun, plan: Plan, arm: str) -> list[int]:
 def test_a_mixed_sweep_fills_the_cluster_nearly_as_the_offline_list_schedule_does(bench: Bench, tmp_path: Path):
     plan = plan_of(tmp_path, text=sweep_text(75))
     clock, seconds = VirtualClock(), drawn(60.0)
-    cluster = SimulatedCluster(30, 2, seconds, clock, start_seconds=5.0)
+    cluster = SimulatedCluster(30, 2, seconds, clock, start_seconds=2.0)
     begun = simulate(bench, plan, cluster)
     assert len(begun) == len({fingerprint for _, _, fingerprint in begun}) == 300
     listed = list_schedule([(GangShape.of(one.resources), seconds(one.config)) for one in plan.trials], cluster.sizes)
