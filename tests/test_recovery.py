@@ -51,13 +51,13 @@ LEARNS, DIVERGES = "lr=0.003", "lr=30"
 
 
 class OneGang:
-    """The cluster, with room for a single gang: later trials take it over warm."""
+    """The cluster, with room for a single gang of so many ranks: later trials take it over warm."""
 
-    def __init__(self, cluster: Cluster) -> None:
-        self._cluster = cluster
+    def __init__(self, cluster: Cluster, num_ranks: int = 1) -> None:
+        self._cluster, self._room = cluster, (num_ranks * UNITS, 0)
 
     def rooms(self) -> list[NodeRoom]:
-        return [replace(node, total=(UNITS, 0), available=(UNITS, 0)) for node in self._cluster.rooms()[:1]]
+        return [replace(node, total=self._room, available=self._room) for node in self._cluster.rooms()[:1]]
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._cluster, name)
@@ -189,7 +189,7 @@ def test_stages_that_are_killed_and_a_torn_checkpoint_cost_the_steps_since_the_o
 ):
     """40 steps of two pipeline stages: killed after 22, and the newest of their checkpoints cut short."""
     home, watcher, torn = Home(tmp_path, SWEEP.replace("[3e-3, 30.0]", "[3e-3]"), STAGES), Watcher(), []
-    with home.controller(OneGang(cluster), watcher) as controller:
+    with home.controller(OneGang(cluster, num_ranks=2), watcher) as controller:
 
         def strike() -> None:
             (attempt,) = controller.running
@@ -224,7 +224,7 @@ def test_a_sweep_resubmitted_with_another_layout_goes_on_from_the_checkpoint_and
     one_rank = ["train.tokens=10240", "checkpoint.every_steps=10", "resources.micro_batch_sequences=2"]
     home = Home(tmp_path, text, [*one_rank, "resources.layout.tensor=2"])
     watcher = Watcher()
-    with home.controller(OneGang(cluster), watcher) as controller:
+    with home.controller(OneGang(cluster, num_ranks=2), watcher) as controller:
         watcher.on_tick = when_it_has_done(12, lambda: controller.request_stop("the layout changes"))
         with pytest.raises(SweepStopped, match="the layout changes"):
             controller.run()

@@ -41,8 +41,7 @@ def filled(tmp_path: Path) -> str:
         run.end(
             run.start(fingerprint=other), "WAITING", cause="killed", log_tail="tab\tback\\slash 'quote' ü \u2028 \n"
         )
-        attempt = run.start(fingerprint=other)
-        run.store.set_hosts(run.lease, attempt, ["n1", "n2"])
+        attempt = run.start(fingerprint=other, hosts=["n1", "n2"])
         infinite = steps(1, 1, loss=float("inf"))
         run.store.record(run.lease, attempt, [*infinite, probed(5, score=0.1 + 0.2)])
         run.store.set_mirror_cursor(run.sweep_id, other, {"step": 5, "validations": [[5, "slice"]]})

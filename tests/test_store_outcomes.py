@@ -4,10 +4,13 @@
 
 from __future__ import annotations
 
+from datetime import datetime
+
 from sqlalchemy import text
 from store_runs import STEPS, Run, a_plan, postgres_server, run, steps, store, store_url  # noqa: F401
 
 from models.config import Layout
+from orchestrator.plan import PlannedTrial
 from orchestrator.store import Store, engine, migrate
 
 
@@ -86,19 +89,37 @@ def test_events_are_the_last_of_a_kind(run: Run) -> None:
 def test_an_older_stores_trials_get_their_new_columns(store_url: str) -> None:
     from alembic import command
 
-    with Store(store_url) as store:
-        planned = Run(store).plan.trials[0]
+    planned = a_plan("older").trials[0]
     database = engine.make_engine(engine.parse_url(store_url))
-    columns = ("batch_tokens", "precision")
     with engine.writing(database) as connection:
-        migrate.drop_views(connection)
-        for index in ("ix_trial_fingerprint_state", "ix_trial_state", "ix_event_kind"):
-            connection.execute(text(f"DROP INDEX {index}"))
-        for column in columns:
-            connection.execute(text(f"ALTER TABLE trial DROP COLUMN {column}"))
-        command.stamp(migrate.alembic_config(connection), "0002")
+        command.upgrade(migrate.alembic_config(connection), "0002")
+        for statement in _OLDER_ROWS:
+            connection.execute(text(statement), _older_values(planned))
     database.dispose()
     with Store(store_url) as store:
-        outcome = store.outcomes(1, 0.1)[0]
+        (outcome,) = store.outcomes(store.sweep("older").id, 0.1)
         assert (outcome.batch_tokens, outcome.precision) == (planned.config.train.batch_tokens, "fp32")
         assert outcome.num_steps == STEPS
+
+
+_OLDER_ROWS = (
+    "INSERT INTO sweep (id, name, question, baseline, verdict, settings, text, overrides, created_at, updated_at)"
+    " VALUES (1, 'older', '?', 'baseline', '{}', '{}', '', '[]', :now, :now)",
+    "INSERT INTO arm (sweep_id, name, position, settings, current) VALUES (1, 'baseline', 0, '{}', true)",
+    "INSERT INTO trial (fingerprint, config, lr, seed, num_steps, num_parameters, training_flops, state,"
+    " reopened_after, created_at, updated_at)"
+    " VALUES (:fingerprint, :config, :lr, 1, :num_steps, 1, 1.0, 'WAITING', 0, :now, :now)",
+    "INSERT INTO sweep_trial (sweep_id, fingerprint, arm, axes, seed, layout, position, current)"
+    " VALUES (1, :fingerprint, 'baseline', '{}', 1, '{}', 0, true)",
+)
+"""As the second revision kept them."""
+
+
+def _older_values(planned: PlannedTrial) -> dict[str, object]:
+    return {
+        "now": datetime(2026, 1, 1),
+        "fingerprint": planned.fingerprint,
+        "config": planned.config.model_dump_json(),
+        "lr": planned.config.train.lr,
+        "num_steps": planned.config.train.num_steps,
+    }
