@@ -228,7 +228,8 @@ def _reused(trials: Sequence[TrialResult]) -> str:
     named = ", ".join(f"{count} from {sweep}" for sweep, count in sorted(origins.items()))
     drifts = Counter(change for trial in trials for change in trial.drift)
     since = ", ".join(f"{change} ({count})" for change, count in drifts.items())
-    drift = f"; not as they were (trials): {since}" if since else "; packages, commit and hosts as in this sweep's own"
+    # Without drift nothing is claimed: a sweep that trained none itself has nothing to compare with.
+    drift = f"; not as they were (trials): {since}" if since else ""
     return f"reused trials: {named}{drift}" if named else ""
 
 
