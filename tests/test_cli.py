@@ -158,6 +158,25 @@ def test_plan_shows_what_exists_already(gatesweep: Gatesweep, folder: Path, mach
     assert "4 trials: 2 new, 2 complete" in said.out
 
 
+def test_plan_tells_which_trials_another_sweep_has_trained(gatesweep: Gatesweep, folder: Path, machine: Machine):
+    gatesweep("run", "tiny.yaml")
+    said = gatesweep("plan", "tiny.yaml", "name=again", "seeds=[1,2]")
+    assert "4 trials: 2 new, 2 complete" in said.out
+    assert said.out.count("COMPLETE, by tiny") == 2
+    assert "taken from other sweeps, unless run --no-reuse: 2 from tiny" in said.out
+
+
+def test_plan_refuses_confirming_seeds_that_another_sweep_has_trained(
+    gatesweep: Gatesweep, folder: Path, machine: Machine
+):
+    gatesweep("run", "tiny.yaml", "seeds=[3]")
+    choosing = ("name=again", "axes={train.lr: [1e-3, 3e-3]}", "seeds={select: [1, 2], confirm: [3]}")
+    said = gatesweep("plan", "tiny.yaml", *choosing)
+    assert said.code == 2
+    assert "seeds.confirm: tiny (2) trained 2 of the trials" in said.err
+    assert gatesweep("plan", "tiny.yaml", *choosing[:2], "seeds={select: [1, 2], confirm: [4]}").code == 0
+
+
 def test_plan_lists_refused_cells_under_their_reason(gatesweep: Gatesweep, folder: Path):
     said = gatesweep("plan", "tiny.yaml", "resources.layout.tensor=3")
     assert "refused: 2 cells" in said.out

@@ -427,6 +427,11 @@ def test_with_more_seeds_the_baselines_only_ever_grow():
         before = now
 
 
+def test_confirming_seeds_that_begin_late_leave_the_earlier_ones_alone():
+    seeds = ["axes={train.lr: [1e-3, 3e-3]}", "seeds={select: [1, 2], confirm: [9, 11]}"]
+    assert parse(with_arms(4), "x.yaml", seeds).extra_baseline_seeds == (10, 12)
+
+
 def test_baseline_seeds_and_verdict_methods_that_contradict_are_refused():
     refused(
         GOOD + "baseline_seeds: 1\n", said="x.yaml:16:17: baseline_seeds: got 1; allowed: at least the 2 of every arm"

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import traceback
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -17,8 +18,9 @@ from models.redaction import redacted
 from orchestrator import report
 from orchestrator.cli import control, data_verbs, db_verbs, doctor, signing, submit, trace, trained, watch
 from orchestrator.cli import results as results_verb
+from orchestrator.cli.fresh import refuse_stale
 from orchestrator.cli.home import Home, existing_store, has_store
-from orchestrator.plan import expand
+from orchestrator.plan import Plan, expand
 from orchestrator.store import Store, StoreOutage
 from orchestrator.sweep import UserError, check_extension, load
 
@@ -57,10 +59,13 @@ Overrides = Annotated[
 def plan(file: File, overrides: Overrides = None) -> None:
     """Print every trial, its parameters and FLOPs, and the refusals. Starts nothing, writes nothing."""
     planned = expand(load(file, overrides or ()), files_may_be_absent=True)
-    states, standing = _known(Home.of(), planned.sweep.name)
-    console.print(report.plan_table(planned, states))
+    known = _known(Home.of(), planned)
+    states, standing = known.states, known.standing
+    console.print(report.plan_table(planned, states, known.elsewhere))
     for line in (*report.price_lines(planned, states, standing), *report.budget_forecast(planned, states, standing)):
         console.print(line, highlight=False)
+    if known.stale is not None:
+        raise known.stale
     if planned.refusals:
         raise typer.Exit(USER_ERROR_EXIT)
 
@@ -155,17 +160,33 @@ def ui(
     raise typer.Exit(subprocess.call(command, env={**os.environ, **tracking.ui_environment(home.tracking_uri)}))
 
 
-def _known(home: Home, sweep: str) -> tuple[dict[str, str], report.Standing | None]:
-    """States of the trials that the store knows by this sweep's name, and its budgets' standing; no store is made for
-    looking."""
+@dataclass(frozen=True)
+class _Known:
+    """What the store knows of a plan: states of its trials, which other sweep trained them, its budgets' standing, and
+    why its confirming seeds are none."""
+
+    states: dict[str, str] = field(default_factory=dict)
+    elsewhere: dict[str, str] = field(default_factory=dict)
+    standing: report.Standing | None = None
+    stale: UserError | None = None
+
+
+def _known(home: Home, planned: Plan) -> _Known:
+    """No store is made for looking."""
     if not has_store(home):
-        return {}, None
+        return _Known()
     with Store(home.store_url) as store:
-        rows = [row for row in store.sweeps() if row.name == sweep]
-        if not rows:
-            return {}, None
-        states = {one.fingerprint: one.state for one in store.trials(rows[0].id)}
-        return states, report.Standing.of(store, rows[0].id)
+        name, fingerprints = planned.sweep.name, [trial.fingerprint for trial in planned.trials]
+        ids = [row.id for row in store.sweeps() if row.name == name]
+        elsewhere = store.trained_elsewhere(name, fingerprints)
+        states = store.states(list(elsewhere))
+        states |= {one.fingerprint: one.state for sweep_id in ids for one in store.trials(sweep_id)}
+        standing = report.Standing.of(store, ids[0]) if ids else None
+        try:
+            refuse_stale(planned, store)
+        except UserError as error:
+            return _Known(states, elsewhere, standing, error)
+        return _Known(states, elsewhere, standing)
 
 
 def main() -> None:

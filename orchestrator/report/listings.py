@@ -82,9 +82,12 @@ class _Hanging:
         yield Text("\n".join(" " * own + line for line in lines))
 
 
-def plan_table(plan: Plan, states: Mapping[str, str] | None = None) -> RenderableType:
-    """Every trial of a plan, the refusals first and the totals last. ``states``: of the fingerprints in the store."""
-    known = states or {}
+def plan_table(
+    plan: Plan, states: Mapping[str, str] | None = None, elsewhere: Mapping[str, str] | None = None
+) -> RenderableType:
+    """Every trial of a plan, the refusals first and the totals last. ``states``: of the fingerprints in the store;
+    ``elsewhere``: the other sweep that trained them, if no run of this one did."""
+    known, others = states or {}, elsewhere or {}
     names = list(dict.fromkeys(name for trial in plan.trials for name in trial.axes))
     has_experts = any(trial.num_active_parameters != trial.num_parameters for trial in plan.trials)
     is_matched = plan.sweep.match.by != "none"
@@ -93,7 +96,8 @@ def plan_table(plan: Plan, states: Mapping[str, str] | None = None) -> Renderabl
         axes = [axis_text(trial.axes[name]) if name in trial.axes else NOTHING for name in names]
         active = [count_text(trial.num_active_parameters)] if has_experts else []
         price = flops_text(trial.training_flops), str(trial.micro_batch_sequences), memory_text(trial.memory.total)
-        state = known.get(trial.fingerprint, NEW)
+        other = others.get(trial.fingerprint)
+        state = known.get(trial.fingerprint, NEW) + (f", by {other}" if other else "")
         width = [f"{trial.config.model.ffn_size:,}"] if is_matched else []
         size = (*width, f"{trial.num_parameters:,}", *active)
         rows.append((str(number), trial.arm, *axes, str(trial.seed), *size, *price, state))
@@ -106,7 +110,7 @@ def plan_table(plan: Plan, states: Mapping[str, str] | None = None) -> Renderabl
     parts += _refusal_lines(plan.refusals)
     parts += [table, Text("")] if plan.trials else []
     parts += [*map(_Hanging, told), Text("")] if (told := contrast_lines(plan)) else []
-    return Group(*parts, *map(Text, _plan_totals(plan, known)))
+    return Group(*parts, *map(Text, [*_plan_totals(plan, known), *_reuse_lines(plan, others)]))
 
 
 def _absent_lines(plan: Plan) -> list[Text]:
@@ -144,6 +148,14 @@ def _plan_totals(plan: Plan, known: Mapping[str, str]) -> list[str]:
         lines += _gang_lines(plan)
         lines += _memory_lines(plan)
     return [*lines, *_growth_lines(plan), *_confirmation_lines(plan, known)]
+
+
+def _reuse_lines(plan: Plan, elsewhere: Mapping[str, str]) -> list[str]:
+    counts = Counter(elsewhere[trial.fingerprint] for trial in plan.trials if trial.fingerprint in elsewhere)
+    if not counts:
+        return []
+    named = ", ".join(f"{number} from {sweep}" for sweep, number in sorted(counts.items()))
+    return [f"taken from other sweeps, unless run --no-reuse: {named}"]
 
 
 def _growth_lines(plan: Plan) -> list[str]:

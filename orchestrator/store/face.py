@@ -338,6 +338,10 @@ class Store:
         """Of these trials, those that only other sweeps than ``name`` have trained: by fingerprint, which one."""
         return self._read(sharing.trained_elsewhere, name, fingerprints)
 
+    def states(self, fingerprints: Sequence[str]) -> dict[str, str]:
+        """Of those trials that the store knows, whatever sweep they belong to."""
+        return self._read(sharing.states, fingerprints)
+
     def reused(self, sweep_id: int) -> list[Reused]:
         """The sweep's trials that another one trained last, each with its drift."""
         return self._read(sharing.reused, sweep_id)

@@ -23,6 +23,10 @@ _ELSEWHERE = text(
     """
 ).bindparams(bindparam("fingerprints", expanding=True))
 
+_STATES = text("SELECT fingerprint, state FROM trial WHERE fingerprint IN :fingerprints").bindparams(
+    bindparam("fingerprints", expanding=True)
+)
+
 _LAST = """
     SELECT st.fingerprint, o.name, CAST(a.provenance AS TEXT), CAST(a.hosts AS TEXT)
     FROM sweep_trial st
@@ -59,6 +63,15 @@ def trained_elsewhere(connection: Connection, name: str, fingerprints: Sequence[
         chunk = list(fingerprints[start : start + _CHUNK])
         rows = connection.execute(_ELSEWHERE, {"name": name, "fingerprints": chunk})
         found.update((fingerprint, sweep) for fingerprint, sweep in rows)
+    return found
+
+
+def states(connection: Connection, fingerprints: Sequence[str]) -> dict[str, str]:
+    """Of those that the store knows, whatever sweep they belong to."""
+    found: dict[str, str] = {}
+    for start in range(0, len(fingerprints), _CHUNK):
+        chunk = {"fingerprints": list(fingerprints[start : start + _CHUNK])}
+        found.update((fingerprint, state) for fingerprint, state in connection.execute(_STATES, chunk))
     return found
 
 

@@ -253,7 +253,8 @@ def _seeds(node: object, path: DocumentPath, problems: Problems) -> tuple[int, .
 
 
 def _extra_baseline_seeds(values: dict[str, Any], problems: Problems) -> tuple[int, ...]:
-    """The smallest whole numbers from 1 that are no seed yet: with more seeds the baseline's only ever grow."""
+    """The smallest whole numbers that are no seed yet: with more seeds the baseline's only ever grow. Confirming ones
+    count from the first of ``confirm``: who names later ones, as the earlier are used up, gets later ones here, too."""
     confirming: tuple[int, ...] = values.get("confirm_seeds", ())
     seeds, declared = confirming or values["seeds"], values.get("baseline_seeds")
     paired = values.get("verdict", VerdictConfig()).paired
@@ -265,7 +266,8 @@ def _extra_baseline_seeds(values: dict[str, Any], problems: Problems) -> tuple[i
         problems.add(("baseline_seeds",), f"got {wanted}; allowed: at least the {len(seeds)} of every arm")
     if paired and wanted > len(seeds):
         problems.add(("baseline_seeds",), f"got {wanted}; allowed with verdict.paired: {len(seeds)}, as a pair has two")
-    unused = (seed for seed in itertools.count(1) if seed not in seeds and seed not in values["seeds"])
+    first = min(confirming, default=1)
+    unused = (seed for seed in itertools.count(first) if seed not in seeds and seed not in values["seeds"])
     return tuple(itertools.islice(unused, max(0, wanted - len(seeds))))
 
 
