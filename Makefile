@@ -57,6 +57,12 @@ lint: $(VENV)/installed-dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# The grammar as it is kept: for editors, and as the tables of every key. A test holds both to the code.
+.PHONY: schema
+schema: $(VENV)/installed-dev
+	$(BIN)/gatesweep schema --no-plugins --out sweeps/schema.json
+	$(BIN)/gatesweep schema --keys --out sweeps/README.md
+
 format: $(VENV)/installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.sweep import Derived, UserError, load, parse
+from orchestrator.sweep import Derived, UserError, key_table, load, parse
 from orchestrator.sweep.fields import KnownSection, config_fields, section_of
 from orchestrator.sweep.settings import Settings
 
@@ -377,6 +377,7 @@ def test_the_files_of_this_repository_are_read():
 
 def test_the_grammar_names_every_key_that_a_file_may_have():
     text = (Path(__file__).parent.parent / "sweeps" / "README.md").read_text()
+    text = text.partition(key_table.BEGIN)[0]  # by hand; the tables behind it name every key by themselves
     of_the_file = [
         *config_fields(),
         *leaves(section_of(Settings)),

@@ -29,6 +29,7 @@ class TrialConfig(Frozen):
     data: DataConfig = DataConfig()
     train: TrainConfig
     precision: Literal["fp32", "bf16", "fp8"] = "fp32"
+    """In a sweep with GPUs ``bf16`` by default; that and ``fp8`` need them."""
     fp8: FP8Config | None = None
     """Only with precision ``fp8``, and filled in there."""
     seed: Annotated[int, BeforeValidator(integral), Field(ge=0, lt=2**32)]

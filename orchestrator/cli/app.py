@@ -16,7 +16,7 @@ from rich.console import Console
 
 from models.redaction import redacted
 from orchestrator import report
-from orchestrator.cli import control, data_verbs, db_verbs, doctor, signing, submit, trace, trained, watch
+from orchestrator.cli import control, data_verbs, db_verbs, doctor, schema_verb, signing, submit, trace, trained, watch
 from orchestrator.cli import results as results_verb
 from orchestrator.cli.fresh import refuse_stale
 from orchestrator.cli.home import Home, existing_store, has_store
@@ -29,7 +29,6 @@ FILE_WIDTH = 120
 app = typer.Typer(
     help="Ablation sweeps that end in verdicts. Things are kept in $GATESWEEP_HOME (default ./runs).",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 app.add_typer(data_verbs.app, name="data")
@@ -40,6 +39,7 @@ errors = Console(stderr=True)
 control.register(app, console)
 db_verbs.register(app, console)
 doctor.register(app, console)
+schema_verb.register(app)
 signing.register(app, console)
 submit.register(app, console)
 trained.register(app, console)

@@ -21,7 +21,7 @@ from orchestrator.sweep.document import DocumentPath, Problems
 from orchestrator.sweep.settings import Derived
 from orchestrator.sweep.wording import allowed_words, describe, literal_words, nearest
 
-_FILLED_IN_BY_THE_PLAN = {"vocab_size", "corpus_sha256", "tokenizer_sha256"}
+FILLED_IN_BY_THE_PLAN = {"vocab_size", "corpus_sha256", "tokenizer_sha256"}
 _LARGEST_INTEGER = 2**63 - 1
 
 
@@ -89,7 +89,7 @@ def config_section() -> KnownSection:
         {"preset": known_field(Literal[tuple(PRESETS)]), **model.fields, "plugins": _plugin_sections()}
     )
     sections["data"] = KnownSection(
-        {name: known for name, known in data.fields.items() if name not in _FILLED_IN_BY_THE_PLAN}
+        {name: known for name, known in data.fields.items() if name not in FILLED_IN_BY_THE_PLAN}
     )
     return KnownSection(sections)
 
@@ -205,7 +205,7 @@ def unknown_key(name: str, allowed: Iterable[str]) -> str:
     names = list(allowed)
     if name == "seed":
         return "the seed is no part of an arm or a cell; give the sweep's own list, seeds: [1, 2]"
-    if name in _FILLED_IN_BY_THE_PLAN:
+    if name in FILLED_IN_BY_THE_PLAN:
         return f"{name} is filled in by the plan, from the files themselves; leave it out"
     close = nearest(name, names)
     if not close:

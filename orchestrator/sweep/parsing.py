@@ -27,9 +27,9 @@ from orchestrator.sweep.resources import ResourcesConfig
 from orchestrator.sweep.settings import ArmName, MatchConfig, Seed, Settings, Sweep, VerdictConfig
 from orchestrator.sweep.wording import describe, nearest
 
-_REQUIRED = ("name", "question", "base", "baseline", "arms", "seeds")
+REQUIRED = ("name", "question", "base", "baseline", "arms", "seeds")
 _CELL_KEYS = ("base", "baseline", "arms", "axes", "zip", "rows", "exclude", "seeds")
-_KEYS = tuple(dict.fromkeys((*_REQUIRED, *_CELL_KEYS, *Settings.model_fields)))
+_KEYS = tuple(dict.fromkeys((*REQUIRED, *_CELL_KEYS, *Settings.model_fields)))
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
@@ -91,9 +91,9 @@ def _settings(tree: dict[str, Any], problems: Problems) -> dict[str, Any]:
     for key in tree:
         if key not in _KEYS:
             problems.add((key,), unknown_key(key, _KEYS), on_key=True)
-    for key in _REQUIRED:
+    for key in REQUIRED:
         if key not in tree:
-            problems.add((), f"the sweep has no key {key}; a sweep needs {', '.join(_REQUIRED)}")
+            problems.add((), f"the sweep has no key {key}; a sweep needs {', '.join(REQUIRED)}")
     section = section_of(Settings)
     present = {key: value for key, value in tree.items() if key in section.fields}
     checked = check_section(section, present, (), problems)

@@ -26,7 +26,7 @@ class DivergenceConfig(Frozen):
 def _as_counts(value: Any) -> Any:
     if isinstance(value, list):
         return tuple(value)
-    return (value,) if isinstance(value, int) and not isinstance(value, bool) else value
+    return (value,) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
 class RankConfig(Frozen):
@@ -38,9 +38,9 @@ class RankConfig(Frozen):
     """At each rung one in so many rates is kept, rounded up; rungs are as many times apart."""
     first_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.25
     """The first rung, as a share of the schedule."""
-    seeds: Annotated[tuple[Count, ...], BeforeValidator(_as_counts)] = Field(
-        default=(1,), description="a whole number of 1 or more, or a list of them, one a rung"
-    )
+    seeds: Annotated[
+        tuple[Count, ...], BeforeValidator(_as_counts, json_schema_input_type=Count | tuple[Count, ...])
+    ] = Field(default=(1,), description="a whole number of 1 or more, or a list of them, one a rung")
     """The first so many seeds of the sweep decide; at the second rung the second number, the last for all further."""
     margin: Annotated[float, Field(ge=0.0)] = 0.0
     """A rate within so many nats of the last one that is kept is kept, too."""

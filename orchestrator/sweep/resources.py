@@ -28,11 +28,11 @@ ASSUMED_MEMORY_GIB = 79.5
 class ResourcesRule(Frozen):
     """Resources for the cells that match ``where``; what it leaves out stays as it is for all."""
 
-    where: Annotated[dict[str, Any], Field(min_length=1)]
+    where: Annotated[dict[str, Any], Field(min_length=1, description="a mapping of arm, or axes, to values")]
     """``arm``, or axes by their dotted names: a cell matches all of them."""
     gpus: Annotated[float, Field(ge=0.0)] | None = None
     cpus: Positive | None = None
-    layout: dict[str, Any] | None = None
+    layout: dict[str, Any] | None = Field(default=None, description="keys of resources.layout, or null")
     """Laid over the other layout key by key."""
     placement: Placement | None = None
     micro_batch_sequences: Count | None = None
@@ -74,13 +74,13 @@ class ResourcesConfig(Frozen):
     grace_seconds: Positive = 600.0
     """How long gangs on a cluster train on without a controller, waiting for the next one to adopt them."""
     warm: Literal["auto", "on", "off"] = "auto"
-    """Whether a gang's processes take further trials; ``auto``: after trials of less than WARM_BELOW_SECONDS."""
+    """Whether a gang's processes take further trials; ``auto``: after trials of less than ten minutes."""
     warm_trials: Count = 100
     """After so many trials a gang's processes are replaced."""
     accelerator: AcceleratorName | None = None
     """What the GPUs are: their memory and their peak, unless those are given."""
     memory_gib: Positive | None = None
-    """Of one rank. None: the accelerator's; of unknown GPUs ASSUMED_MEMORY_GIB; on the CPU without a limit."""
+    """Of one rank. None: the accelerator's; of unknown GPUs 79.5; on the CPU without a limit."""
     peak_flops: Positive | None = None
     """FLOPs a second of one rank at best: what utilisation is measured by. None: the accelerator's, if it is named."""
 
