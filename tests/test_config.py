@@ -295,6 +295,12 @@ def fp8_trial(**fp8):
     return TrialConfig.model_validate({**FULL.model_dump(), "precision": "fp8", "fp8": fp8 or None})
 
 
+def test_fingerprints_of_other_seeds_are_those_of_the_config_with_that_seed():
+    of_seed = FULL.fingerprint_by_seed()
+    seeds = [FULL.seed, 0, 7, 2**32 - 1]
+    assert [of_seed(seed) for seed in seeds] == [FULL.model_copy(update={"seed": s}).fingerprint() for s in seeds]
+
+
 def test_the_fingerprint_covers_the_fp8_recipe_named_or_not():
     other = [fp8_trial(recipe=recipe) for recipe in ("delayed", "blockwise", "mxfp8")] + [fp8_trial(format="e4m3")]
     prints = [config.fingerprint() for config in (FULL, fp8_trial(), *other)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -87,6 +88,22 @@ class TrialConfig(Frozen):
 
         What is absent or off is left out, so that a mechanism that is added later changes no earlier fingerprint.
         """
+        return _canonical(self._content())
+
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits, equal for equal trials on every machine."""
+        return self.fingerprint_by_seed()(self.seed)
+
+    def fingerprint_by_seed(self) -> Callable[[int], str]:
+        """The fingerprints of this config with other seeds; what they share is put together once."""
+        content = self._content()
+
+        def of_seed(seed: int) -> str:
+            return hashlib.sha256(_canonical({**content, "seed": seed}).encode()).hexdigest()[:16]
+
+        return of_seed
+
+    def _content(self) -> dict[str, Any]:
         content = self.model_dump(mode="json", exclude={"more_gates"})
         if self.more_gates:
             # The order in which a file names the gates changes nothing.
@@ -97,11 +114,11 @@ class TrialConfig(Frozen):
             content["data"][name] = [_hash_for_path(one) for one in content["data"][name]]
         if self.data.tokenizer_sha256:
             del content["data"]["tokenizer"]
-        return json.dumps(_without_absent({"numerics": NUMERICS, **content}), sort_keys=True, separators=(",", ":"))
+        return _without_absent({"numerics": NUMERICS, **content})
 
-    def fingerprint(self) -> str:
-        """16 hexadecimal digits, equal for equal trials on every machine."""
-        return hashlib.sha256(self.canonical_json().encode()).hexdigest()[:16]
+
+def _canonical(content: dict[str, Any]) -> str:
+    return json.dumps(content, sort_keys=True, separators=(",", ":"))
 
 
 def _hash_for_path(corpus: dict[str, Any]) -> dict[str, Any]:
@@ -110,7 +127,10 @@ def _hash_for_path(corpus: dict[str, Any]) -> dict[str, Any]:
 
 
 def _without_absent(content: dict[str, Any]) -> dict[str, Any]:
-    kept = {key: _without_absent(value) if isinstance(value, dict) else value for key, value in content.items()}
-    return {
-        key: value for key, value in kept.items() if value is not None and value is not False and value not in ([], {})
-    }
+    kept = {}
+    for key, value in content.items():
+        if isinstance(value, dict):
+            value = _without_absent(value)
+        if value is not None and value is not False and not (isinstance(value, dict | list) and not value):
+            kept[key] = value
+    return kept

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from models import accounting
 from models.accounting import RankMemory
-from models.config import Layout, TrialConfig
+from models.config import DataConfig, Layout, TrialConfig, ValidationConfig
 from orchestrator.plan.cells import (
     CellError,
     Leaves,
+    arm_leaves,
     assignments,
     axis_values,
     compose,
@@ -28,7 +30,7 @@ from orchestrator.plan.cells import (
 from orchestrator.plan.contrasts import Change, Contrast, contrasts, refuse_undeclared
 from orchestrator.plan.controls import gates_add, sized
 from orchestrator.plan.files import Files
-from orchestrator.plan.fit import memory_needed, memory_refusals, micro_batch_sizes
+from orchestrator.plan.fit import memory_needed, memory_refusals, micro_batch_sizes, size_key
 from orchestrator.plan.refusals import refusals
 from orchestrator.plan.resolve import cell_config, matched
 from orchestrator.sweep import (
@@ -205,6 +207,18 @@ class _Cell:
     def group(self, sweep: Sweep) -> str:
         return _group(sweep, self.arm, self.axes)
 
+    def fingerprint(self, seed: int) -> str:
+        """Of the cell's trial with ``seed``."""
+        return self._fingerprint_by_seed(seed)
+
+    @cached_property
+    def size(self) -> str:
+        return size_key(self.config, self.resources)
+
+    @cached_property
+    def _fingerprint_by_seed(self) -> Callable[[int], str]:
+        return self.config.fingerprint_by_seed()
+
 
 def expand(sweep: Sweep, *, files_may_be_absent: bool = False) -> Plan:
     """All trials of a sweep; UserError when a cell makes no config or two cells are the same trial.
@@ -220,9 +234,13 @@ def expand(sweep: Sweep, *, files_may_be_absent: bool = False) -> Plan:
     files = Files(Path(sweep.path).parent, may_be_absent=files_may_be_absent)
     runnable: list[_Cell] = []
     refused: list[Refusal] = []
+    too_large: dict[str, list[str]] = {}
     for cell, reasons in _with_sizes(sweep, _cells(sweep, files)):
         reasons += refusals(cell.config, cell.resources)
-        reasons = reasons or memory_refusals(cell.config, cell.resources, refusals)
+        if not reasons:
+            if cell.size not in too_large:
+                too_large[cell.size] = memory_refusals(cell.config, cell.resources, refusals)
+            reasons = too_large[cell.size]
         if reasons:
             refused.append(Refusal(cell.arm, cell.axes, "; ".join(reasons)))
         else:
@@ -262,15 +280,17 @@ def _cells(sweep: Sweep, files: Files) -> list[_Cell]:
     errors: dict[tuple[DocumentPath, str, bool], set[str]] = {}
     used_entries: set[int] = set()
     used_rules: set[int] = set()
+    combinations, common = assignments(sweep), sweep.resources.model_copy(update={"by": ()})
     for arm in sweep.arms:
-        for assignment in assignments(sweep):
+        of_arm = arm_leaves(sweep, arm)
+        for assignment in combinations:
             try:
-                leaves = compose(sweep, arm, assignment)
+                leaves = compose(sweep, of_arm, assignment)
                 axes = axis_values(sweep, leaves)
                 matching = [index for index, entry in enumerate(sweep.exclude) if excluded_by(entry, arm, axes)]
                 used_entries.update(matching)
                 if not matching:
-                    own = sweep.resources.of(arm, axes)
+                    own = sweep.resources.of(arm, axes) if sweep.resources.by else common
                     used_rules.update(i for i, rule in enumerate(sweep.resources.by) if rule.matches(arm, axes))
                     cells.append(_Cell(arm, axes, leaves, cell_config(arm, leaves, files), own))
             except CellError as error:
@@ -307,7 +327,7 @@ def _with_sizes(sweep: Sweep, cells: list[_Cell]) -> Iterator[tuple[_Cell, list[
         except ValueError as error:
             yield cell, [f"{said} is impossible: {error}"]
         else:
-            yield replace(cell, config=config), []
+            yield (cell if config is cell.config else replace(cell, config=config)), []
 
 
 def _refuse_empty(sweep: Sweep, cells: list[_Cell]) -> None:
@@ -338,7 +358,7 @@ def _refuse_identical(sweep: Sweep, cells: list[_Cell]) -> None:
     problems = Problems(sweep.places)
     first_with: dict[str, _Cell] = {}
     for cell in cells:
-        twin = first_with.setdefault(cell.config.fingerprint(), cell)
+        twin = first_with.setdefault(cell.fingerprint(sweep.seeds[0]), cell)
         if twin is cell:
             continue
         row = next((leaf.source[:2] for leaf in cell.leaves.values() if leaf.source[0] == "rows"), None)
@@ -355,9 +375,7 @@ def _refuse_other_measures(sweep: Sweep, cells: list[_Cell]) -> None:
         baseline = baselines.get(_key(cell.axes))
         if baseline is None:
             continue
-        ours, theirs = (one.config.data.model_dump(include=set(_MEASURE)) for one in (cell, baseline))
-        ours, theirs = ours | ours.pop("validation"), theirs | theirs.pop("validation")
-        differing = [name for name in ours if name != "points" and ours[name] != theirs[name]]
+        differing = _otherwise_measured(cell.config.data, baseline.config.data)
         if _tail_points(sweep, cell) != _tail_points(sweep, baseline):
             differing.append(f"validations in the last {sweep.verdict.tail:g} of the schedule")
         if differing:
@@ -366,13 +384,21 @@ def _refuse_other_measures(sweep: Sweep, cells: list[_Cell]) -> None:
     problems.raise_if_any()
 
 
+def _otherwise_measured(data: DataConfig, baseline: DataConfig) -> list[str]:
+    """Settings of what is measured that differ; how often is not among them."""
+    if data is baseline:
+        return []
+    pairs: list[tuple[str, object, object]] = [
+        (name, data, baseline) for name in ("corpus_sha256", "tokenizer_sha256", "validation_every")
+    ]
+    pairs += [(name, data.validation, baseline.validation) for name in ValidationConfig.model_fields]
+    return [name for name, ours, theirs in pairs if name != "points" and getattr(ours, name) != getattr(theirs, name)]
+
+
 def _tail_points(sweep: Sweep, cell: _Cell) -> int:
     """Validations whose mean is the trial's loss."""
     config = cell.config
     return sum(step / config.train.num_steps > 1.0 - sweep.verdict.tail for step in config.validation_steps())
-
-
-_MEASURE = ("corpus_sha256", "tokenizer_sha256", "validation_every", "validation")
 
 
 def _key(axes: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
@@ -393,15 +419,16 @@ def _in_order(sweep: Sweep, cells: list[_Cell]) -> tuple[PlannedTrial, ...]:
 def _blocks(
     sweep: Sweep, cells: list[_Cell], seeds: tuple[int, ...], extra_seeds: tuple[int, ...], first_position: int
 ) -> tuple[PlannedTrial, ...]:
-    trials: list[PlannedTrial] = []
-    priced = list(zip(cells, _prices(sweep, cells), strict=True))
+    ordered: list[tuple[str, _Cell, int, dict[str, Any]]] = []
+    priced = list(zip(cells, _prices(cells), strict=True))
     for number, seed in enumerate(seeds):
-        block = [_trial(sweep, cell, seed, price) for cell, price in priced]
+        block = [(cell.fingerprint(seed), cell, seed, price) for cell, price in priced]
         for extra in extra_seeds[number :: len(seeds)]:
-            block += [_trial(sweep, cell, extra, price) for cell, price in priced if cell.arm == sweep.baseline]
-        block.sort(key=lambda trial: hashlib.sha256(f"{sweep.order_seed}:{trial.fingerprint}".encode()).digest())
-        trials += block
-    return tuple(replace(trial, position=position) for position, trial in enumerate(trials, first_position))
+            of_baseline = [(cell, price) for cell, price in priced if cell.arm == sweep.baseline]
+            block += [(cell.fingerprint(extra), cell, extra, price) for cell, price in of_baseline]
+        block.sort(key=lambda one: hashlib.sha256(f"{sweep.order_seed}:{one[0]}".encode()).digest())
+        ordered += block
+    return tuple(_trial(position, *one) for position, one in enumerate(ordered, first_position))
 
 
 def _confirmations(sweep: Sweep, cells: list[_Cell], selection: tuple[PlannedTrial, ...]) -> tuple[Confirmation, ...]:
@@ -430,35 +457,38 @@ def _confirmations(sweep: Sweep, cells: list[_Cell], selection: tuple[PlannedTri
     )
 
 
-def _prices(sweep: Sweep, cells: list[_Cell]) -> list[dict[str, Any]]:
+def _prices(cells: list[_Cell]) -> list[dict[str, Any]]:
     """What a trial of each cell costs: the fields of PlannedTrial that no seed changes."""
     sizes = micro_batch_sizes([(cell.config, cell.resources) for cell in cells])
+    known: dict[tuple[str, int], dict[str, Any]] = {}
     prices = []
     for cell, micro_batch in zip(cells, sizes, strict=True):
-        config = cell.config
-        shape = config.model, config.gates, config.data.vocab_size
-        flops_per_token = accounting.training_flops_per_token(*shape, config.data.sequence_length)
-        prices.append(
-            {
-                "num_parameters": accounting.parameters(*shape),
-                "num_active_parameters": accounting.active_parameters(*shape),
-                "training_flops": flops_per_token * config.train.num_steps * config.train.batch_tokens,
-                "micro_batch_sequences": micro_batch,
-                "memory": memory_needed(config, cell.resources, micro_batch),
-                "resources": cell.resources,
-            }
-        )
+        key = cell.size, micro_batch
+        if key not in known:
+            known[key] = _price(cell.config, cell.resources, micro_batch)
+        prices.append({**known[key], "resources": cell.resources})
     return prices
 
 
-def _trial(sweep: Sweep, cell: _Cell, seed: int, price: dict[str, Any]) -> PlannedTrial:
-    config = cell.config.model_copy(update={"seed": seed})
+def _price(config: TrialConfig, resources: ResourcesConfig, micro_batch: int) -> dict[str, Any]:
+    shape = config.model, config.gates, config.data.vocab_size
+    flops_per_token = accounting.training_flops_per_token(*shape, config.data.sequence_length)
+    return {
+        "num_parameters": accounting.parameters(*shape),
+        "num_active_parameters": accounting.active_parameters(*shape),
+        "training_flops": flops_per_token * config.train.num_steps * config.train.batch_tokens,
+        "micro_batch_sequences": micro_batch,
+        "memory": memory_needed(config, resources, micro_batch),
+    }
+
+
+def _trial(position: int, fingerprint: str, cell: _Cell, seed: int, price: dict[str, Any]) -> PlannedTrial:
     return PlannedTrial(
-        position=-1,
+        position=position,
         arm=cell.arm,
         axes=cell.axes,
         seed=seed,
-        config=config,
-        fingerprint=config.fingerprint(),
+        config=cell.config.model_copy(update={"seed": seed}),
+        fingerprint=fingerprint,
         **price,
     )

@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
+from functools import cache
 from typing import Any
 
 from models.presets import PRESETS
@@ -90,23 +91,30 @@ def number_of_cells(sweep: Sweep) -> int:
     return (product + len(sweep.rows)) * len(sweep.arms)
 
 
-def compose(sweep: Sweep, arm: str, assignment: Leaves) -> Leaves:
-    """A cell's values: base, the arm over it, the axes over that; presets opened, derived values computed.
-
-    ``model.preset`` stays among them as the cell's value on that axis, though no config has it.
-    """
+def arm_leaves(sweep: Sweep, arm: str) -> Leaves:
+    """What all cells of an arm are laid over: base, and the arm over it."""
     leaves: Leaves = {}
     for nested, source in ((sweep.base, ("base",)), (sweep.arms[arm], ("arms", arm))):
         for path, leaf in flat(nested, "", source):
             # A plug-in without options of its own here leaves those from before as they are.
             if leaf.value != {} or not any(old.startswith(f"{path}.") for old in leaves):
                 _lay_over(leaves, path, leaf)
+    return leaves
+
+
+def compose(sweep: Sweep, of_arm: Leaves, assignment: Leaves) -> Leaves:
+    """A cell's values: its arm's, the axes over those; presets opened, derived values computed.
+
+    ``model.preset`` stays among them as the cell's value on that axis, though no config has it.
+    """
+    leaves = dict(of_arm)
     for path, leaf in assignment.items():
         _lay_over(leaves, path, leaf)
     preset = leaves.get("model.preset")
     if preset is not None:
-        for path, leaf in _of_preset(preset):
-            if not any(path.startswith(f"{other}.") or other.startswith(f"{path}.") for other in leaves):
+        inner = {section for path in leaves for section in _sections(path)}
+        for path, leaf in _of_preset(preset.value, preset.source):
+            if path not in inner and not any(section in leaves for section in _sections(path)):
                 leaves.setdefault(path, leaf)
     leaves.setdefault("precision", Leaf("fp32" if sweep.resources.gpus == 0 else "bf16", ("resources", "gpus")))
     for path in [path for path, leaf in leaves.items() if isinstance(leaf.value, Derived)]:
@@ -150,10 +158,16 @@ def _value(leaves: Leaves, path: str) -> Any:
     return config_fields()[path].default
 
 
-def _of_preset(preset: Leaf) -> Iterator[tuple[str, Leaf]]:
+@cache
+def _of_preset(name: str, source: DocumentPath) -> tuple[tuple[str, Leaf], ...]:
     """The preset's fields, those of its experts too; all of them stand where the preset was named."""
-    for path, leaf in flat(PRESETS[preset.value].model_dump(), "model.", ()):
-        yield path, Leaf(leaf.value, preset.source)
+    return tuple((path, Leaf(leaf.value, source)) for path, leaf in flat(PRESETS[name].model_dump(), "model.", ()))
+
+
+@cache
+def _sections(path: str) -> tuple[str, ...]:
+    """The sections that a path lies in: ``model`` and ``model.moe`` of ``model.moe.top_k``."""
+    return tuple(itertools.accumulate(path.split(".")[:-1], "{}.{}".format))
 
 
 def flat(tree: Mapping[str, Any], prefix: str, source: DocumentPath) -> Iterator[tuple[str, Leaf]]:
@@ -168,9 +182,11 @@ def flat(tree: Mapping[str, Any], prefix: str, source: DocumentPath) -> Iterator
 
 def _lay_over(leaves: Leaves, path: str, leaf: Leaf) -> None:
     """Set one value. ``gate: null`` clears the gate, and a field of a gate takes back an earlier ``gate: null``."""
-    for old in [old for old in leaves if old.startswith(f"{path}.") or path.startswith(f"{old}.")]:
+    inside = f"{path}."
+    for old in [old for old in leaves if old.startswith(inside)]:
         del leaves[old]
-    leaves.pop(path, None)
+    for old in (*_sections(path), path):
+        leaves.pop(old, None)
     leaves[path] = leaf
 
 

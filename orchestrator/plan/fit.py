@@ -8,10 +8,12 @@ experts that share a batch size (and ``layout.data``) therefore share a micro-ba
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from pydantic.main import IncEx
 
 from models.accounting import GIB, SPARE_FRACTION, RankMemory, fits, fullest_rank, largest_micro_batch, micro_batches
-from models.config import Layout, TrialConfig
+from models.config import Layout, TrainConfig, TrialConfig
 from orchestrator.sweep import ResourcesConfig
 
 NUM_MENDS = 3
@@ -20,9 +22,9 @@ NUM_MENDS = 3
 
 def micro_batch_sizes(cells: Sequence[tuple[TrialConfig, ResourcesConfig]]) -> list[int]:
     """Sequences that a rank takes at once, for each config and its resources; where nothing fits, the least."""
-    found: dict[tuple[str, str], int] = {}
+    found: dict[str, int] = {}
     shared: dict[tuple[int, int], int] = {}
-    keys = [_size_key(config, resources) for config, resources in cells]
+    keys = [size_key(config, resources) for config, resources in cells]
     for key, (config, resources) in zip(keys, cells, strict=True):
         if key not in found:
             found[key] = resources.micro_batch_sequences or _largest(config, resources)
@@ -40,8 +42,16 @@ def _largest(config: TrialConfig, resources: ResourcesConfig) -> int:
     return largest or micro_batches(config, resources.layout)[-1]
 
 
-def _size_key(config: TrialConfig, resources: ResourcesConfig) -> tuple[str, str]:
-    return _key(config), resources.model_dump_json()
+def size_key(config: TrialConfig, resources: ResourcesConfig) -> str:
+    """What decides memory, parameters and FLOPs: cells that differ in their optimizer alone are reckoned once."""
+    return config.model_dump_json(exclude=_NO_SIZE) + resources.model_dump_json()
+
+
+_NO_SIZE: Mapping[str, IncEx | bool] = {
+    "seed": True,
+    "train": {name for name in TrainConfig.model_fields if "tokens" not in name},
+}
+"""Of how a config is trained only ``tokens`` and ``batch_tokens`` have a size."""
 
 
 def memory_needed(config: TrialConfig, resources: ResourcesConfig, micro_batch: int) -> RankMemory:
@@ -121,8 +131,3 @@ def _with(resources: ResourcesConfig, layout: Layout) -> ResourcesConfig:
 def _limit(resources: ResourcesConfig) -> float | None:
     gib = resources.rank_memory_gib
     return None if gib is None else gib * GIB
-
-
-def _key(config: TrialConfig) -> str:
-    """What decides the memory: cells that differ in their learning rate alone are reckoned once."""
-    return config.model_copy(update={"train": config.train.model_copy(update={"lr": 1.0}), "seed": 0}).canonical_json()

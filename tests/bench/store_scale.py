@@ -2,6 +2,7 @@
 
     python tests/bench/store_scale.py                    # SQLite and Postgres, ten sweeps of 10,000 trials
     python tests/bench/store_scale.py --sweeps 1         # one sweep of 100,000
+    python tests/bench/store_scale.py --tables 100       # sweeps of 10,000 cells, one seed each: the dearest to plan
     python tests/bench/store_scale.py --small            # seconds: that the script itself works
 
 Trials are submitted as a user submits them (plan.expand, Store.add, which is timed); their attempts and records are
@@ -39,7 +40,6 @@ from orchestrator.store.engine import make_engine, parse_url
 from orchestrator.sweep import load
 
 ARMS, RATES, STEPS_A_TRIAL, VALIDATIONS_A_TRIAL = 10, 10, 100, 10
-TABLES_A_SWEEP = 5
 
 SWEEP = """\
 name: sweep{number}
@@ -61,16 +61,16 @@ controls: []
 """
 
 
-def sweep_text(number: int, num_trials: int) -> str:
+def sweep_text(number: int, num_trials: int, num_tables: int) -> str:
     """Ten arms at ten rates; the rest of the trials are seeds, for a few values of one more axis: a table each."""
-    num_seeds = max(1, num_trials // (ARMS * RATES * TABLES_A_SWEEP))
+    num_seeds = max(1, num_trials // (ARMS * RATES * num_tables))
     arms = [f"  arm{index}: {{model: {{ffn_size: {192 + 4 * index}}}}}" for index in range(ARMS)]
     return SWEEP.format(
         number=number,
         warmup=0.05 + number / 1000,
         arms="\n".join(arms),
         rates=", ".join(f"{1e-4 * 2**index:.4g}" for index in range(RATES)),
-        decays=", ".join(f"{index / 100}" for index in range(TABLES_A_SWEEP)),
+        decays=", ".join(f"{index / 100}" for index in range(num_tables)),
         seeds=", ".join(map(str, range(1, num_seeds + 1))),
         num_seeds=num_seeds,
     )
@@ -161,12 +161,14 @@ def show(renderable: object) -> None:
     Console(file=io.StringIO(), width=160).print(renderable)
 
 
-def measure(name: str, url: str, folder: Path, num_sweeps: int, num_trials: int, steps: int, repeats: int) -> None:
+def measure(name: str, url: str, folder: Path, given: argparse.Namespace) -> None:
+    num_sweeps, repeats = given.sweeps, given.repeats
+    num_trials = 100_000 // num_sweeps // (100 if given.small else 1)
     with Store(url) as store:
         submissions = []
         for number in range(num_sweeps):
             path = folder / f"sweep{number}.yaml"
-            path.write_text(sweep_text(number, num_trials))
+            path.write_text(sweep_text(number, num_trials, given.tables))
             begun = time.perf_counter()
             plan = expand(load(path))
             planned = time.perf_counter()
@@ -175,7 +177,7 @@ def measure(name: str, url: str, folder: Path, num_sweeps: int, num_trials: int,
         whole, planning, count = (statistics.median_low(column) for column in zip(*submissions, strict=True))
         print(f"{name}: submit {count:,} trials: {whole:.2f} s, of which plan {planning:.2f} s", flush=True)
         begun = time.perf_counter()
-        rows = fill(url, steps)
+        rows = fill(url, STEPS_A_TRIAL)
         print(
             f"{name}: {num_sweeps * count:,} trials, {rows:,} metric rows (made in {time.perf_counter() - begun:.0f} s)"
         )
@@ -205,14 +207,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="a hundredth of it")
     parser.add_argument("--sweeps", type=int, default=10, help="how many share the 10^5 trials")
+    parser.add_argument("--tables", type=int, default=5, help="values of one more axis; the rest of a sweep are seeds")
     parser.add_argument("--backends", default="sqlite,postgresql")
     parser.add_argument("--repeats", type=int, default=5)
     given = parser.parse_args()
-    num_trials = 100_000 // given.sweeps // (100 if given.small else 1)
     for name in given.backends.split(","):
         with tempfile.TemporaryDirectory() as made, backend(name, Path(made)) as url:
             write_corpus(Path(made) / "corpus.jsonl")
-            measure(name, url, Path(made), given.sweeps, num_trials, STEPS_A_TRIAL, given.repeats)
+            measure(name, url, Path(made), given)
 
 
 if __name__ == "__main__":
