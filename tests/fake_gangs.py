@@ -286,7 +286,7 @@ class FakeCluster:
         hosts: Sequence[str] = (),
         outlives_driver: bool = False,
     ) -> None:
-        self.outlives_driver, self.reachable = outlives_driver, True
+        self.outlives_driver, self.reachable, self.was_replaced = outlives_driver, True, False
         self.fate, self.start_error = fate, start_error
         self.num_gangs = dict.fromkeys(hosts, 1) or {"fake-host": capacity}
         self.fit(GangShape(Layout(), 1, 0))
@@ -332,6 +332,9 @@ class FakeCluster:
 
     def is_reachable(self) -> bool:
         return self.reachable
+
+    def answering(self) -> str | None:
+        return ("another" if self.was_replaced else self.identity) if self.is_reachable() else None
 
 
 @dataclass

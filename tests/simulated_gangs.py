@@ -164,6 +164,9 @@ class SimulatedCluster:
     def is_reachable(self) -> bool:
         return True
 
+    def answering(self) -> str | None:
+        return self.identity
+
     def expect(self, at: float, gang: SimulatedGang) -> None:
         self._num_events += 1
         heapq.heappush(self._events, (at, self._num_events, gang))

@@ -345,6 +345,35 @@ def test_a_head_that_comes_back_in_time_costs_nothing(
     assert bench.curves(plan) == undisturbed
 
 
+@pytest.mark.parametrize("are_dead", [False, True])
+@pytest.mark.usefixtures("hurried")
+def test_another_head_in_the_place_of_the_first_ends_the_run_and_charges_no_trial(
+    bench: Bench, tmp_path: Any, undisturbed: Curves, are_dead: bool
+):
+    """It does not know the gangs, and may have ended them."""
+    strict = plan_of(tmp_path, ["retry={infrastructure: 0, error: 0}"])
+    cluster, watcher = lasting(), Watcher()
+
+    def on_tick(snapshot: Any) -> None:
+        if any(running.step >= 7 for running in snapshot.running):
+            cluster.reachable = False
+            for gang in cluster.gangs if are_dead else []:
+                gang.dismiss()
+
+    def on_line(line: str) -> None:
+        if line.startswith("PAUSED"):
+            cluster.was_replaced = cluster.reachable = True
+
+    watcher.on_tick, watcher.on_line = on_tick, on_line
+    with pytest.raises(ClusterLost, match="has forgotten"), bench.controller(strict, cluster, watcher) as controller:
+        controller.run()
+    assert bench.store.lease_holder(controller.sweep_id) is None
+    run_on(bench, strict, lasting())
+    cause = "controller_lost" if are_dead else "interrupted"
+    assert list(attempts_of(bench, strict).values()) == [[cause, "complete"]] * 2
+    assert bench.curves(strict) == undisturbed
+
+
 # -- two controllers ----------------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,8 @@
 
 Without its head a cluster ends itself after a minute, this process included. Ranks can still be called until then: they
 are told to checkpoint. What they don't manage stays open in the store, for the next controller to adopt or to free.
+A head that has kept its state comes back as the same cluster, and the sweep goes on. One that has not is another
+cluster at the same address, which ends what is left of the old one: there is nothing to be waited for.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ CHECKPOINT_SECONDS = 20.0
 
 
 class ClusterLost(Exception):
-    """Ray's head does not answer any more. The next run goes on once there is a cluster again."""
+    """Ray's head is gone, or another one is in its place. The next run goes on once there is a cluster again."""
 
 
 class ClusterWatch:
@@ -31,32 +33,34 @@ class ClusterWatch:
         self._looked_at = -float("inf")
 
     def is_there(self) -> bool:
-        """Whether the head answers now: asked before an end is booked that may be the cluster's."""
-        return self._cluster.is_reachable()
+        """Whether our head answers now, not another: asked before an end is booked that may be the cluster's."""
+        return self._cluster.answering() == self._cluster.identity
 
     def look(self) -> None:
         """Now and then, before Ray is asked for anything: its own calls would wait for the head until it ends us.
 
-        Raises ClusterLost once the head has been away for too long.
+        Raises ClusterLost once the head has been away for too long, or has come back without what it knew.
         """
         clock = self._run.clock
         if clock.monotonic() - self._looked_at < LOOK_SECONDS:
             return
         self._looked_at = clock.monotonic()
-        if self.is_there():
+        if self._cluster.is_reachable():
             return
         self._run.view.tell("PAUSED    Ray's head does not answer; training goes on while it can")
-        if not self._wait_until(self.is_there, PATIENCE_SECONDS):
-            self._leave()
+        if not self._wait_until(lambda: self._cluster.answering() is not None, PATIENCE_SECONDS):
+            self._leave("Ray's head does not answer any more")
+        if not self.is_there():
+            self._leave("Ray's head was restarted and has forgotten its cluster")
         self._run.view.tell("goes on   Ray's head is back")
 
-    def _leave(self) -> None:
+    def _leave(self, why: str) -> None:
         for attempt in self._run.running:
             attempt.ask_to_stop(Wish("interrupted", "interrupted", "Ray's head went away"))
         self._wait_until(self._have_all_ended, CHECKPOINT_SECONDS)
         left = len(self._run.running)
         said = f"; {left} attempt(s) could not be told to stop" if left else ""
-        raise ClusterLost(f"Ray's head does not answer any more{said}; no trial is lost, nothing is charged")
+        raise ClusterLost(f"{why}{said}; no trial is lost, nothing is charged")
 
     def _have_all_ended(self) -> bool:
         self._follow(list(self._run.running))

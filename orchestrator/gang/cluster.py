@@ -130,6 +130,23 @@ class Cluster:
             return False
         return True
 
+    def answering(self) -> str | None:
+        """The identity of the cluster whose head answers at our address; None when none does, or it does not say.
+
+        Asked over a connection of its own: a head that was restarted, and has lost what it knew, takes ours for
+        nobody's.
+        """
+        if self._head is None:
+            return self.identity
+        if not self.is_reachable():
+            return None
+        try:
+            client = importlib.import_module("ray._raylet").GcsClient(address=ray.get_runtime_context().gcs_address)
+            name = client.internal_kv_get(b"session_name", b"session", timeout=ANSWER_SECONDS)
+        except Exception:
+            return None
+        return None if name is None else str(name.decode())
+
     def nodes(self) -> list[Node]:
         """The living ones."""
         alive = [node for node in ray.nodes() if node["Alive"]]
