@@ -6,6 +6,7 @@
         attempt.json                 what the controller asked for (AttemptSpec)
         metrics.jsonl                one record a line: steps, validations and diagnostics, in order
         log-rank<r>.txt              what a rank said
+        log-rank<r>.jsonl            the same as JSON lines, where they are asked for
         stacks-rank<r>.txt           what it was doing, when the attempt hung
         checkpoints/step_<n>/        complete once it has this name; written aside before, while training goes on
         summary.json                 how the attempt ended, by its own account; written last, atomically, when the
@@ -139,6 +140,8 @@ class AttemptSpec(_Line):
     """One more at the end of the schedule: what a finished trial is exported and measured from."""
     threads_per_rank: int = 1
     diagnostics: DiagnosticsConfig | None = DiagnosticsConfig()
+    log_labels: dict[str, str] | None = None
+    """With labels (the sweep's name) ranks also write their log as JSON lines; None: only as text."""
 
     @property
     def attempt_dir(self) -> Path:
@@ -203,6 +206,10 @@ def metrics_path(attempt_dir: Path) -> Path:
 
 def log_path(attempt_dir: Path, rank: int) -> Path:
     return attempt_dir / f"log-rank{rank}.txt"
+
+
+def json_log_path(attempt_dir: Path, rank: int) -> Path:
+    return attempt_dir / f"log-rank{rank}.jsonl"
 
 
 def stacks_path(attempt_dir: Path, rank: int) -> Path:

@@ -73,7 +73,7 @@ def start(
     beat: Callable[[], None] = lambda: None,
 ) -> Trained:
     """``train``, but the checkpoint of the schedule's end may still be in the writing. Other errors are raised."""
-    with devices.on(world.device), Journal(spec.attempt_dir, world.rank) as journal:
+    with devices.on(world.device), Journal(spec.attempt_dir, world.rank, _labels(spec, world.rank)) as journal:
         attempt = _Attempt(spec, world, journal, beat)
         log.info("attempt %d begins", spec.number)
         try:
@@ -93,6 +93,13 @@ def start(
         log.info("ended %s at step %d: %s", outcome, summary.step, error or "no error")
         landing = functools.partial(_land, attempt.saver, journal, summary)
         return Trained(summary, world.writer.submit(landing))
+
+
+def _labels(spec: AttemptSpec, rank: int) -> dict[str, str | int] | None:
+    """Of the JSON log, if there is to be one."""
+    if spec.log_labels is None:
+        return None
+    return {**spec.log_labels, "trial": spec.fingerprint, "attempt": spec.number, "rank": rank}
 
 
 def _land(saver: checkpoint.Saver, journal: Journal, summary: Summary) -> Summary:

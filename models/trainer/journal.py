@@ -3,27 +3,37 @@
 from __future__ import annotations
 
 import logging
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from models import run_dir
+from models.json_log import JsonFormatter, Labels, json_line
 from models.redaction import RedactingFormatter, redacted
 from models.run_dir import Record, Summary
 
 
 class Journal:
-    """Appends to the attempt's files. A context: the log handler is taken off at its end."""
+    """Appends to the attempt's files. A context: the log handlers are taken off at its end.
 
-    def __init__(self, attempt_dir: Path, rank: int) -> None:
+    With ``labels`` the log is also written as JSON lines, which have these labels.
+    """
+
+    def __init__(self, attempt_dir: Path, rank: int, labels: Labels | None = None) -> None:
         self.attempt_dir, self.rank, self.is_writer = attempt_dir, rank, rank == 0
         attempt_dir.mkdir(parents=True, exist_ok=True)
-        self._handler = logging.FileHandler(run_dir.log_path(attempt_dir, rank))
-        self._handler.setFormatter(RedactingFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        self._labels = labels
+        self._handlers = [logging.FileHandler(run_dir.log_path(attempt_dir, rank))]
+        self._handlers[0].setFormatter(RedactingFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        if labels is not None:
+            self._handlers.append(logging.FileHandler(run_dir.json_log_path(attempt_dir, rank), encoding="utf-8"))
+            self._handlers[1].setFormatter(JsonFormatter(labels))
         self._log = logging.getLogger("models")
 
     def __enter__(self) -> Self:
-        self._log.addHandler(self._handler)
+        for handler in self._handlers:
+            self._log.addHandler(handler)
         self._log.setLevel(logging.INFO)
         self._metrics = run_dir.metrics_path(self.attempt_dir).open("a") if self.is_writer else None
         return self
@@ -31,8 +41,9 @@ class Journal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._log.removeHandler(self._handler)
-        self._handler.close()
+        for handler in self._handlers:
+            self._log.removeHandler(handler)
+            handler.close()
         if self._metrics is not None:
             self._metrics.close()
 
@@ -47,6 +58,10 @@ class Journal:
         """To the rank's log, also after the journal was closed: by then the logger writes into another attempt's."""
         with run_dir.log_path(self.attempt_dir, self.rank).open("a") as stream:
             stream.write(redacted(text))
+        if self._labels is not None:
+            line = json_line(text, self._labels, level="ERROR", logger=__name__, seconds=time.time())
+            with run_dir.json_log_path(self.attempt_dir, self.rank).open("a", encoding="utf-8") as stream:
+                stream.write(line)
 
     def write_summary(self, summary: Summary) -> None:
         """Also after the journal was closed."""

@@ -86,6 +86,10 @@ def run(
         str | None,
         typer.Option(envvar="GATESWEEP_METRICS", help="[HOST:]PORT for Prometheus; on loopback without a host."),
     ] = None,
+    json_logs: Annotated[
+        bool,
+        typer.Option("--json-logs", envvar="GATESWEEP_JSON_LOGS", help="Logs also as JSON lines, for a collector."),
+    ] = False,
     no_reuse: Annotated[
         bool, typer.Option("--no-reuse", help="Refuse to take trials that another sweep has trained.")
     ] = False,
@@ -95,7 +99,7 @@ def run(
 
     added = [check_extension(one) for one in extend or ()]
     planned = expand(load(file, overrides or ()))
-    raise typer.Exit(run_sweep(planned, Home.of(), address, console, added, metrics, reuse=not no_reuse))
+    raise typer.Exit(run_sweep(planned, Home.of(), address, console, added, metrics, not no_reuse, json_logs))
 
 
 @app.command()

@@ -11,6 +11,7 @@ from rich.console import Console
 from orchestrator import report
 from orchestrator.cli.fresh import refuse_reuse, refuse_stale
 from orchestrator.cli.home import Home
+from orchestrator.cli.json_log import JsonLogged
 from orchestrator.cli.live import PlainView, view_for
 from orchestrator.cli.signing import check_key
 from orchestrator.controller import (
@@ -59,9 +60,11 @@ def run_sweep(
     extensions: Sequence[str] = (),
     metrics: str | None = None,
     reuse: bool = True,
+    json_logs: bool = False,
 ) -> int:
     """Store the plan, run what is missing, print the table; the exit code. ``extensions``: to budgets, first.
-    ``metrics``: where Prometheus may ask, as ``[HOST:]PORT``. ``reuse``: other sweeps' trials may serve this one."""
+    ``metrics``: where Prometheus may ask, as ``[HOST:]PORT``. ``reuse``: other sweeps' trials may serve this one.
+    ``json_logs``: controller and ranks also write JSON lines."""
     refuse(plan)
     refuse_extensions(plan.sweep.name, plan.sweep.budget.model_dump(), extensions)
     try:
@@ -99,7 +102,7 @@ def run_sweep(
             for line in report.budget_lines(used_up, sweep.name):
                 console.print(line, style="bold red", highlight=False)
         elif missing:
-            exit_code = _run_missing(plan, added.sweep_id, store, home, address, console, metrics)
+            exit_code = _run_missing(plan, added.sweep_id, store, home, address, console, metrics, json_logs)
         else:
             exit_code = 0
             catch_up(store, home, console)
@@ -127,7 +130,14 @@ def _refuse_second(store: Store, name: str) -> None:
 
 
 def _run_missing(
-    plan: Plan, sweep_id: int, store: Store, home: Home, address: str | None, console: Console, metrics: str | None
+    plan: Plan,
+    sweep_id: int,
+    store: Store,
+    home: Home,
+    address: str | None,
+    console: Console,
+    metrics: str | None,
+    json_logs: bool,
 ) -> int:
     sweep = plan.sweep
     background = _mirror(store, sweep_id, sweep.name, home)
@@ -135,7 +145,8 @@ def _run_missing(
     console.print(f"connecting to Ray at {address}" if address else "starting a local Ray", highlight=False)
     with (
         view_for(console) as shown,
-        _metered(shown, plan, sweep_id, store, background, metrics) as view,
+        _metered(shown, plan, sweep_id, store, background, metrics) as metered,
+        JsonLogged(metered, home.directory, sweep.name) if json_logs else nullcontext(metered) as view,
         Cluster(address) as cluster,
     ):
         background.start()
@@ -143,7 +154,7 @@ def _run_missing(
             webhook.start()
         try:
             given = (sweep, sweep_id, store, cluster, background, home.directory, view, plan.confirmations)
-            controller = Controller(*given, webhook=webhook, plan=plan)
+            controller = Controller(*given, webhook=webhook, plan=plan, json_logs=json_logs)
             with controller, _clean_stop(controller):
                 controller.run()
         except BudgetUsedUp as stopped:

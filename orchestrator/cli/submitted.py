@@ -48,7 +48,8 @@ def run_parcel(folder: Path, environment: Mapping[str, str], console: Console) -
         raise UserError(f"GATESWEEP_HOME {home.directory} can't be written on the head: {error}") from error
     plan = expand(load(sweep_file, parcel.overrides))
     address, metrics = environment.get("RAY_ADDRESS") or "auto", environment.get("GATESWEEP_METRICS")
-    return run_sweep(plan, home, address, console, metrics=metrics or None)
+    json_logs = environment.get("GATESWEEP_JSON_LOGS", "") not in ("", "0", "false")
+    return run_sweep(plan, home, address, console, metrics=metrics or None, json_logs=json_logs)
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from orchestrator.controller.lease_holder import is_dead
 from orchestrator.controller.loop import BudgetUsedUp, Controller, SweepStopped
 from orchestrator.controller.reproduction import Reproduction, reproduce
 from orchestrator.controller.selection import choose_rates
-from orchestrator.controller.snapshot import Running, Snapshot, View
+from orchestrator.controller.snapshot import Running, Snapshot, View, told_about
 
 __all__ = [
     "BudgetUsedUp",
@@ -25,4 +25,5 @@ __all__ = [
     "grow_rates",
     "is_dead",
     "reproduce",
+    "told_about",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from models import run_dir
 from models.retention import prune_trial
 from orchestrator.controller.running import RunningAttempt
+from orchestrator.controller.snapshot import about
 from orchestrator.controller.sweep_run import SweepRun
 from orchestrator.failures import DISK_FULL, DISK_READ_ONLY, HANG, PREEMPTED, Consequence, Ending, consequence
 from orchestrator.gang import GangEnd
@@ -67,7 +68,8 @@ def _tell(run: SweepRun, attempt: RunningAttempt, result: Consequence) -> None:
     if result.state not in ("WAITING", "CANCELED"):
         told = (result.state, loss, result.cause, result.reason, result.end_step)
         run.search.tell(attempt.trial.fingerprint, *told)
-    run.view.tell(attempt.ended_line(result, loss))
+    with about(attempt.trial.fingerprint, attempt.row.number):
+        run.view.tell(attempt.ended_line(result, loss))
 
 
 def _final_loss(run: SweepRun, trial: TrialRow) -> float | None:

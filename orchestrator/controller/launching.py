@@ -8,6 +8,7 @@ from orchestrator.controller.adoption import gang_facts
 from orchestrator.controller.provenance import data_hashes, provenance
 from orchestrator.controller.resume import ResumePoint, curve_until, recover_records, resume_point
 from orchestrator.controller.running import RunningAttempt, trial_name
+from orchestrator.controller.snapshot import about
 from orchestrator.controller.sweep_run import SweepRun
 from orchestrator.gang import Gang, GangEnd
 from orchestrator.store import AttemptRow, TrialRow, TrialTaken
@@ -41,7 +42,8 @@ def launch(run: SweepRun, gang: Gang, trial: TrialRow) -> tuple[RunningAttempt, 
     run.running.append(attempt)
     run.trials.note(trial, "RUNNING")
     again = f", attempt {row.number} from step {resume.step}" if row.number > 1 else ""
-    run.view.tell(f"started   {trial_name(trial)}{again}")
+    with about(trial.fingerprint, row.number):
+        run.view.tell(f"started   {trial_name(trial)}{again}")
     try:
         run_dir.write_trial_config(directory, trial.config)
         run_dir.write_json(spec.attempt_dir / "attempt.json", spec)
@@ -71,4 +73,5 @@ def attempt_spec(run: SweepRun, gang: Gang, trial: TrialRow, row: AttemptRow, re
         final_checkpoint=sweep.checkpoint.final,
         threads_per_rank=max(1, int(shape.cpus_per_rank)),
         diagnostics=sweep.diagnostics,
+        log_labels={"sweep": sweep.name} if run.json_logs else None,
     )

@@ -77,6 +77,7 @@ class Controller:
         clock: Clock | None = None,
         webhook: Webhook | None = None,
         plan: Plan | None = None,
+        json_logs: bool = False,
     ) -> None:
         self.confirmations, self.clock = confirmations, clock or Clock()
         self.outage = OutageWatch(store, sweep_id, self.clock, view)
@@ -106,6 +107,7 @@ class Controller:
             disk=DiskWatch(home),
             announcer=Announcer(sweep, sweep_id, store, view, webhook),
             micro_batches={trial.fingerprint: size for trial, size in zip(cells, sizes, strict=True)},
+            json_logs=json_logs,
         )
         self.trials, self.pool = self.sweep_run.trials, pool
         self.schedule = Schedule(pool, self.trials, self.running, self.clock, view.tell)

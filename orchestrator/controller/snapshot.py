@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -32,6 +34,24 @@ class Snapshot:
     """Of the whole sweep, from the speed so far; None before anything is known."""
     stopping: str | None
     """Why the sweep is being stopped, if it is."""
+
+
+_about: ContextVar[Mapping[str, str | int] | None] = ContextVar("about", default=None)
+
+
+@contextmanager
+def about(trial: str, attempt: int) -> Iterator[None]:
+    """What is told within is about this attempt; views that write for machines say so."""
+    token = _about.set({"trial": trial, "attempt": attempt})
+    try:
+        yield
+    finally:
+        _about.reset(token)
+
+
+def told_about() -> Mapping[str, str | int]:
+    """``trial`` and ``attempt``, or nothing, of what is being told now."""
+    return _about.get() or {}
 
 
 class View(Protocol):

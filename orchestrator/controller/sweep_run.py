@@ -42,6 +42,8 @@ class SweepRun:
     """Sequences that a rank takes at once, by fingerprint."""
     pace: Pace
     running: list[RunningAttempt] = field(default_factory=list)
+    json_logs: bool = False
+    """Ranks also write JSON lines."""
 
     def add(self, trials: Sequence[PlannedTrial]) -> None:
         """Trials that may join the sweep; those that are known stay as they are."""
