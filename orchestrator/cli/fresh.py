@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from orchestrator.plan import Plan, PlannedTrial
-from orchestrator.store import Store
+from orchestrator.store import Store, find_choice
 from orchestrator.sweep import UserError
 
 
@@ -16,7 +18,7 @@ def refuse_stale(plan: Plan, store: Store) -> None:
 
     Its loss may have been seen, and then its seed confirms nothing. The sweep's own are its own: it goes on with them.
     """
-    confirming = [trial for one in plan.confirmations for of_rate in one.by_lr.values() for trial in of_rate]
+    confirming = plan.confirming
     seen = store.trained_elsewhere(plan.sweep.name, [trial.fingerprint for trial in confirming])
     if seen:
         stale = [trial for trial in confirming if trial.fingerprint in seen]
@@ -26,6 +28,36 @@ def refuse_stale(plan: Plan, store: Store) -> None:
             f"confirm, on the seed(s) {', '.join(map(str, seeds))}; allowed: fresh seeds, such as "
             f"{_unused(plan, confirming)}"
         )
+
+
+def refuse_other_looks(plan: Plan, store: Store) -> None:
+    """UserError when looks were declared otherwise at first, or seeds were given by looks that are no longer these.
+
+    What a look gave hangs on the arms, the seeds and the rates that it saw; over others its error rate means nothing.
+    """
+    known = [row for row in store.sweeps() if row.name == plan.sweep.name]
+    if not known:
+        return
+    row, sweep, instead = known[0], plan.sweep, "a sweep of another name shares the trials and starts anew"
+    rules = sweep.verdict.model_dump(mode="json")
+    before, now = ({key: one.get(key) for key in ("looks", "allocate")} for one in (row.verdict, rules))
+    if before != now and (before["allocate"] or now["allocate"]):
+        said = " -> ".join(f"looks {one['looks']}, allocate {one['allocate'] or 'none'}" for one in (before, now))
+        raise UserError(f"{sweep.path}: verdict: {said}: looks hold as they were first declared; {instead}")
+    if not row.verdict.get("allocated"):
+        return
+    as_now = sweep.model_dump(mode="json", include={"seeds", "confirm_seeds", "extra_baseline_seeds"})
+    changed = [name for name, value in as_now.items() if row.settings.get(name) != value]
+    changed += [] if row.arms == tuple(sweep.arms) else ["arms"]
+    changed += ["the trials that chose a rate"] if _choices_changed(plan, row.verdict) else []
+    if changed:
+        raise UserError(f"{sweep.path}: {', '.join(changed)} changed after a look was taken; {instead}")
+
+
+def _choices_changed(plan: Plan, verdict: Mapping[str, Any]) -> bool:
+    chosen = {(one["arm"], json.dumps(one["axes"], default=str)) for one in verdict.get("chosen", ())}
+    mine = [one for one in plan.confirmations if (one.arm, json.dumps(one.axes, default=str)) in chosen]
+    return any(find_choice(verdict, one) is None for one in mine)
 
 
 def refuse_reuse(plan: Plan, store: Store) -> None:

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from rich.console import Console
 
 from orchestrator import report
-from orchestrator.cli.fresh import refuse_reuse, refuse_stale
+from orchestrator.cli.fresh import refuse_other_looks, refuse_reuse, refuse_stale
 from orchestrator.cli.home import Home
 from orchestrator.cli.json_log import JsonLogged
 from orchestrator.cli.live import PlainView, view_for
@@ -20,7 +20,7 @@ from orchestrator.controller import (
     Controller,
     SweepStopped,
     View,
-    choose_rates,
+    confirm,
     grow_rates,
     is_dead,
 )
@@ -75,6 +75,7 @@ def run_sweep(
     sweep = plan.sweep
     with Store(home.store_url) as store:
         _refuse_second(store, sweep.name)
+        refuse_other_looks(plan, store)
         refuse_stale(plan, store)
         if not reuse:
             refuse_reuse(plan, store)
@@ -84,7 +85,8 @@ def run_sweep(
             store.add_event(added.sweep_id, BUDGET_EXTENDED, extension)
         grown = grow_rates(store, plan, lambda line: console.print(line, highlight=False))
         plan = grown.plan
-        choose_rates(store, sweep.name, grown.confirmations, lambda line: console.print(line, highlight=False))
+        while confirm(store, sweep, grown.confirmations, lambda line: console.print(line, highlight=False)):
+            pass
         current = store.trials(added.sweep_id)
         states = [trial.state for trial in current]
         missing = sum(state in ("WAITING", "RUNNING") for state in states)

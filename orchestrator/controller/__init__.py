@@ -4,6 +4,7 @@ Read ``loop``, which is a page, then its steps: ``launching``, ``following``, ``
 ``sweep_run``, of which ``known_trials``, ``gang_pool`` and ``running`` (an attempt that is followed) are the parts.
 """
 
+from orchestrator.controller.allocation import confirm
 from orchestrator.controller.cluster_watch import ClusterLost
 from orchestrator.controller.growing import grow_rates
 from orchestrator.controller.lease_holder import is_dead
@@ -22,6 +23,7 @@ __all__ = [
     "SweepStopped",
     "View",
     "choose_rates",
+    "confirm",
     "grow_rates",
     "is_dead",
     "reproduce",

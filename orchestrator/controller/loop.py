@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Self
 
 from orchestrator.controller.adoption import adopt_orphans, new_lease_file, take_over
+from orchestrator.controller.allocation import confirm
 from orchestrator.controller.announcing import Announcer
 from orchestrator.controller.budget import BudgetWatch
 from orchestrator.controller.clock import Clock
@@ -26,7 +27,6 @@ from orchestrator.controller.outage import OutageWatch
 from orchestrator.controller.pruning import RankPruning
 from orchestrator.controller.running import RunningAttempt, eta_seconds
 from orchestrator.controller.schedule import Schedule
-from orchestrator.controller.selection import choose_rates
 from orchestrator.controller.sharing import Sharing
 from orchestrator.controller.snapshot import Snapshot, View
 from orchestrator.controller.stopping import Stopping
@@ -252,9 +252,7 @@ class Controller:
         if now or self.clock.monotonic() - self.trials.read_at > REFRESH_SECONDS:
             grows = self._grow()
             self.trials.read(everything=grows)
-            if choose_rates(
-                self.store, self.sweep.name, self.confirmations, self.view.tell, self.trials.by_fingerprint
-            ):
+            if confirm(self.store, self.sweep, self.confirmations, self.view.tell, self.trials.by_fingerprint):
                 self.trials.read(everything=True)
             self.pool.read_nodes()
             self._cancel(self.orders.to_cancel())
@@ -301,5 +299,5 @@ def _cells(store: Store, sweep_id: int, confirmations: Sequence[Confirmation]) -
     """The trials of a sweep, and those that may come."""
     trials = store.trials(sweep_id)
     known = {trial.fingerprint for trial in trials}
-    may_come = [trial for one in confirmations for of_rate in one.by_lr.values() for trial in of_rate]
+    may_come = [trial for one in confirmations for trial in one.may_come]
     return [*trials, *(one for one in may_come if one.fingerprint not in known)]

@@ -17,7 +17,7 @@ from orchestrator.gang import GangShape
 from orchestrator.plan import LR
 from orchestrator.scaling import RankedTrial, RankPolicy, RungPoint, loss_at, rung_point
 from orchestrator.store import RankDecision, TrialRow
-from orchestrator.sweep import Derived
+from orchestrator.sweep import Derived, seeds_of_looks
 
 
 class RankPruning:
@@ -27,7 +27,9 @@ class RankPruning:
         self._run, sweep = run, run.sweep
         config = sweep.prune.rank
         self._policy = None if config is None else RankPolicy(config, sweep.seeds)
-        self._confirming = {*sweep.confirm_seeds, *(sweep.extra_baseline_seeds if sweep.confirm_seeds else ())}
+        looks = seeds_of_looks(sweep)
+        fresh = (*sweep.confirm_seeds, *sweep.extra_baseline_seeds, *(() if looks is None else looks.baseline[-1]))
+        self._confirming = set(fresh if sweep.confirm_seeds else ())
         self._hidden = {LR, *(name for name, axis in sweep.axes.items() if isinstance(axis, Derived))}
         self._decided: list[RankDecision] | None = None
         """Read under the lease: nobody else adds to them then."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from orchestrator.plan import Confirmation
 from orchestrator.scaling import CellResult, best_learning_rate
-from orchestrator.store import FINISHED, Store, TrialRow, find_choice
+from orchestrator.store import FINISHED, Store, SweepRow, TrialRow, find_choice
 
 
 def choose_rates(
@@ -52,6 +52,22 @@ def _best(store: Store, sweep_id: int, tail: float, arm: str, trials: Sequence[T
     """None when no rate has all its seeds complete."""
     best = best_learning_rate(arm, cell_results(store, sweep_id, tail, arm, trials)).best
     return None if best is None else best.lr
+
+
+def no_rate_ever(store: Store, sweep: SweepRow, one: Confirmation, trials: Mapping[str, TrialRow]) -> bool:
+    """Whether all that could choose has ended, and no rate has all its seeds complete."""
+    selecting = [trials[fingerprint] for fingerprint in one.selection]
+    if not all(trial.state in FINISHED for trial in selecting):
+        return False
+    return _best(store, sweep.id, sweep.verdict.get("tail", 0.1), one.arm, selecting) is None
+
+
+def loss_of(store: Store, sweep_id: int, tail: float, trials: Mapping[str, TrialRow]) -> Callable[[str], float | None]:
+    """A complete trial's loss by fingerprint, by the measure of the verdicts: on the whole split if all have it."""
+    tails = {(row.fingerprint, row.split): row.loss_nats for row in store.tails(sweep_id, tail)}
+    complete = [trial.fingerprint for trial in trials.values() if trial.state == "COMPLETE"]
+    split = "full" if all(tails.get((one, "full")) is not None for one in complete) else "slice"
+    return {one: tails.get((one, split)) for one in complete}.get
 
 
 def cell_results(store: Store, sweep_id: int, tail: float, arm: str, trials: Sequence[TrialRow]) -> list[CellResult]:

@@ -42,6 +42,7 @@ from orchestrator.sweep import (
     ResourcesConfig,
     Sweep,
     UserError,
+    seeds_of_looks,
 )
 
 MAX_TRIALS = 100_000
@@ -111,10 +112,18 @@ class Confirmation:
     selection: tuple[str, ...]
     """Fingerprints of the trials that choose, sorted; all of them have to end first."""
     by_lr: dict[float, tuple[PlannedTrial, ...]]
+    later: dict[float, tuple[tuple[PlannedTrial, ...], ...]] = field(default_factory=dict)
+    """More trials of a rate, by look from the second on, where ``verdict.allocate`` may ask for them."""
 
     @property
     def most_flops(self) -> int:
         return max(sum(trial.training_flops for trial in trials) for trials in self.by_lr.values())
+
+    @property
+    def may_come(self) -> tuple[PlannedTrial, ...]:
+        """At any rate, at any look."""
+        looks = [trials for of_rate in self.later.values() for trials in of_rate]
+        return tuple(trial for trials in (*self.by_lr.values(), *looks) for trial in trials)
 
 
 @dataclass(frozen=True)
@@ -160,7 +169,7 @@ class Plan:
     @property
     def confirming(self) -> tuple[PlannedTrial, ...]:
         """All that may come once learning rates are chosen."""
-        return tuple(one for each in self.confirmations for of_rate in each.by_lr.values() for one in of_rate)
+        return tuple(one for each in self.confirmations for one in each.may_come)
 
     @property
     def groups(self) -> tuple[RateGroup, ...]:
@@ -229,6 +238,8 @@ def expand(sweep: Sweep, *, files_may_be_absent: bool = False) -> Plan:
     num_cells = number_of_cells(sweep)
     num_trials = num_cells * (len(sweep.seeds) + len(sweep.confirm_seeds))
     num_trials += num_cells // len(sweep.arms) * len(sweep.extra_baseline_seeds)
+    if (looks := seeds_of_looks(sweep)) is not None:
+        num_trials += num_cells * (len(looks.arms[-1]) - len(looks.arms[0]))
     if num_trials > MAX_TRIALS:
         raise UserError(f"{sweep.places.file}: {num_trials:,} trials; allowed: at most {MAX_TRIALS:,}")
     files = Files(Path(sweep.path).parent, may_be_absent=files_may_be_absent)
@@ -426,7 +437,7 @@ def _blocks(
         for extra in extra_seeds[number :: len(seeds)]:
             of_baseline = [(cell, price) for cell, price in priced if cell.arm == sweep.baseline]
             block += [(cell.fingerprint(extra), cell, extra, price) for cell, price in of_baseline]
-        block.sort(key=lambda one: hashlib.sha256(f"{sweep.order_seed}:{one[0]}".encode()).digest())
+        block.sort(key=lambda one: _draw(sweep, one[0]))
         ordered += block
     return tuple(_trial(position, *one) for position, one in enumerate(ordered, first_position))
 
@@ -446,15 +457,48 @@ def _confirmations(sweep: Sweep, cells: list[_Cell], selection: tuple[PlannedTri
         choosing.setdefault(group(trial), []).append(trial.fingerprint)
     for trial in _blocks(sweep, cells, sweep.confirm_seeds, sweep.extra_baseline_seeds, len(selection)):
         by_lr.setdefault(group(trial), {}).setdefault(trial.config.train.lr, []).append(trial)
+    later = _later(sweep, cells, len(selection) + sum(map(len, (of for one in by_lr.values() for of in one.values()))))
     return tuple(
         Confirmation(
             arm=cell.arm,
             axes=_other_axes(sweep, cell.axes),
             selection=tuple(sorted(choosing[key])),
             by_lr={lr: tuple(trials) for lr, trials in sorted(by_lr[key].items())},
+            later=later.get(key, {}),
         )
         for key, cell in ((group(cell), cell) for cell in cells if first[group(cell)] is cell)
     )
+
+
+def _later(
+    sweep: Sweep, cells: list[_Cell], first_position: int
+) -> dict[str, dict[float, tuple[tuple[PlannedTrial, ...], ...]]]:
+    """By group and rate, what each look after the first may add. A look is a block: all that it adds is drawn into
+    one order, so that no arm has the end of the sweep for itself."""
+    looks = seeds_of_looks(sweep)
+    if looks is None:
+        return {}
+    priced = list(zip(cells, _prices(cells), strict=True))
+    found: dict[str, dict[float, list[tuple[PlannedTrial, ...]]]] = {}
+    for look in range(2, looks.number + 1):
+        block = [
+            (cell.fingerprint(seed), cell, seed, price)
+            for cell, price in priced
+            for seed in looks.new(look, is_baseline=cell.arm == sweep.baseline)
+        ]
+        block.sort(key=lambda one: _draw(sweep, one[0]))
+        placed = [_trial(position, *one) for position, one in enumerate(block, first_position)]
+        first_position += len(placed)
+        of_rate: dict[tuple[str, float], list[PlannedTrial]] = {}
+        for trial in placed:
+            of_rate.setdefault((_group(sweep, trial.arm, trial.axes), trial.config.train.lr), []).append(trial)
+        for (key, lr), trials in of_rate.items():
+            found.setdefault(key, {}).setdefault(lr, []).append(tuple(trials))
+    return {key: {lr: tuple(by_look) for lr, by_look in rates.items()} for key, rates in found.items()}
+
+
+def _draw(sweep: Sweep, fingerprint: str) -> bytes:
+    return hashlib.sha256(f"{sweep.order_seed}:{fingerprint}".encode()).digest()
 
 
 def _prices(cells: list[_Cell]) -> list[dict[str, Any]]:

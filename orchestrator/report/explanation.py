@@ -37,6 +37,12 @@ FORMULAS = {
         "(J. R. Stat. Soc. B 16, 1954)",
         "scaling/optimum.py",
     ),
+    verdict.SEQUENCE_VERSION: (
+        "looks: seeds go to the arms that are undecided; each interval at the level that O'Brien and Fleming's "
+        "spending leaves its look, repeated confidence intervals (Jennison and Turnbull, J. R. Stat. Soc. B 51, 1989); "
+        "the estimate of an arm settled early is biased away from 0",
+        "verdict/look_sequence.py",
+    ),
     verdict.FORMULA_VERSION: (
         "difference of means; simultaneous intervals by Dunnett (JASA 50, 1955), or Welch's with Bonferroni, or of "
         "pairs, as declared; alpha spent over looks by Lan and DeMets (Biometrika 70, 1983); the decision is read from "
@@ -85,6 +91,8 @@ class Explanation:
     """What the values hang on beside the trials: as frozen at the first submission."""
     values: tuple[Explained, ...]
     trials: tuple[ReadTrial, ...]
+    looks: tuple[str, ...] = ()
+    """What each look decided for the arm, oldest first, as it was noted then."""
 
 
 def explain(results: Results, arm: str) -> list[Explanation]:
@@ -135,7 +143,9 @@ def _explanation(results: Results, table: VerdictTable, arm: str) -> Explanation
         "critical_value": table.critical_value,
         "num_compared": table.num_compared,
     }
-    return Explanation(results.sweep, arm, table.axes, settings, values, trials)
+    mine = [one for one in results.allotments if all(dict(table.axes).get(k) == v for k, v in one.axes.items())]
+    looks = tuple(f"{one.at:%Y-%m-%d %H:%M} UTC: {one.reasons[arm]}" for one in mine if arm in one.reasons)
+    return Explanation(results.sweep, arm, table.axes, settings, values, trials, looks)
 
 
 @dataclass(frozen=True)
@@ -150,6 +160,8 @@ class ExplanationView:
             yield Text(f"{one.sweep}: {one.arm}{axes}", style="bold")
             yield _values(one)
             yield _trials(one)
+            for look in one.looks:
+                yield Text("\n".join(wrapped(look, options.max_width)))
             settings = ", ".join(f"{name} {_shown(value)}" for name, value in one.settings.items())
             yield Text("\n".join(wrapped(f"with {settings}", options.max_width)), style="dim")
             for version in dict.fromkeys(value.formula for value in one.values):

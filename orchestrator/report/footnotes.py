@@ -7,9 +7,10 @@ from collections.abc import Iterable, Sequence
 
 from orchestrator.report.contrasts import several_things
 from orchestrator.report.figures import lr_text, plural, states_text
+from orchestrator.report.look_words import looks_in_words
 from orchestrator.report.tree import STATES, UNFINISHED, ArmRow, Split, SweepHeading, TrialResult
 from orchestrator.scaling import Optimum
-from orchestrator.verdict import Comparison, spent
+from orchestrator.verdict import Comparison, LookSequence, spent
 
 EXPLORATORY_MARK = "*"
 
@@ -22,12 +23,13 @@ def footnotes(
     comparison: Comparison,
     exploratory: Sequence[str],
     pruned: str = "",
+    sequence: LookSequence | None = None,
 ) -> tuple[str, ...]:
     """In the order of their weight. ``trials`` are those of the table, ``exploratory`` the reasons for the mark,
     ``pruned`` is about the whole sweep."""
     notes = [
         _interval(heading, comparison),
-        _look(heading, comparison),
+        _look(heading, comparison) if sequence is None else looks_in_words(heading, sequence),
         _changes(heading),
         several_things({row.arm: heading.declared.get(row.arm, ()) for row in rows}),
         _noise_floor(rows, comparison),

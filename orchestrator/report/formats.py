@@ -57,6 +57,7 @@ _FORMULAS = {
     "decision": (verdict.FORMULA_VERSION, "compared"),
     "verdict": (verdict.FORMULA_VERSION, "compared"),
     "more_seeds": (verdict.FORMULA_VERSION, "compared"),
+    "look": (verdict.SEQUENCE_VERSION, "compared"),
 }
 """Each derived field of a row: its formula, and which trials it is computed from."""
 
@@ -77,6 +78,7 @@ def to_json(results: Results) -> str:
         "counts": dict(results.counts),
         "tables": [_json_table(table) for table in results.tables],
         "pruning": _json_pruning(results),
+        "looks": [{**asdict(one), "at": one.at.isoformat()} for one in results.allotments],
         "trials": [asdict(trial) for trial in results.trials],
     }
     return json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n"

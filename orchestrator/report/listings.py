@@ -180,7 +180,7 @@ def _confirmation_lines(plan: Plan, known: Mapping[str, str]) -> list[str]:
     """What will be added once learning rates are chosen. Only which rate is open; the dearest one is the price."""
     if not plan.confirmations:
         return []
-    may_come = {one.fingerprint for each in plan.confirmations for of in each.by_lr.values() for one in of}
+    may_come = {one.fingerprint for one in plan.confirming}
     there = Counter(known[fingerprint] for fingerprint in may_come if fingerprint in known)
     number = sum(max(map(len, each.by_lr.values())) for each in plan.confirmations)
     flops = sum(each.most_flops for each in plan.confirmations)
@@ -191,8 +191,29 @@ def _confirmation_lines(plan: Plan, known: Mapping[str, str]) -> list[str]:
     already = f"; there already: {states_text(states)}" if states else ""
     return [
         f"then, at each arm's best learning rate, fresh seeds {seeds}{ours} for the verdict: at most "
-        f"{plural(number, 'trial')}, {flops_text(flops)} training FLOPs{already}"
+        f"{plural(number, 'trial')}, {flops_text(flops)} training FLOPs{already}",
+        *_look_lines(plan),
     ]
+
+
+def _look_lines(plan: Plan) -> list[str]:
+    """At most what looks after the first add, if no arm is ever settled."""
+    rules = plan.sweep.verdict
+    if rules.allocate is None:
+        return []
+    dearest = [
+        max(([t for trials in of_rate for t in trials] for of_rate in one.later.values()), key=_flops)
+        for one in plan.confirmations
+    ]
+    number, flops = sum(map(len, dearest)), sum(map(_flops, dearest))
+    return [
+        f"then {plural(rules.allocate.seeds_per_look, 'more seed')} a look for the arms that are undecided, at most "
+        f"{rules.looks} looks: at most {plural(number, 'trial')}, {flops_text(flops)} training FLOPs"
+    ]
+
+
+def _flops(trials: Sequence[PlannedTrial]) -> int:
+    return sum(trial.training_flops for trial in trials)
 
 
 def _gang_lines(plan: Plan) -> list[str]:
@@ -260,6 +281,7 @@ def status_table(store: Store) -> RenderableType:
             *_budget(store, sweep),
             *_excluded_hosts(store, sweep),
             *_pruned_cells(store, sweep),
+            *_looks(sweep),
             *_last_events(store, sweep),
             *_failed_trials(store, sweep, of_sweep.get("FAILED", 0)),
         ]
@@ -298,6 +320,18 @@ def _pruned_cells(store: Store, sweep: SweepRow) -> list[Text]:
     )
     said = f"{dropped} of {plural(len(cells), 'cell')} pruned by rank, {audited} of them audited"
     return [Text(""), Text(f"{sweep.name}: {said}; gatesweep results {sweep.name} tells the false-prune rate")]
+
+
+def _looks(sweep: SweepRow) -> list[Text]:
+    """Of each table the last look, with what it decided for every arm."""
+    from orchestrator.store import allotments
+
+    last = {axes_text(one.axes): one for one in allotments(sweep.verdict)}
+    lines = []
+    for axes, one in last.items():
+        lines.append(Text(f"{sweep.name}{f', {axes}' if axes else ''}: look {one.look}", style="bold"))
+        lines += [Text(f"  {arm}: {reason}") for arm, reason in one.reasons.items()]
+    return [Text(""), *lines] if lines else []
 
 
 def _failed_trials(store: Store, sweep: SweepRow, number: int) -> list[Text]:

@@ -11,7 +11,6 @@ from orchestrator.scaling import AUDIT_VERSION, EndedTrial, PruningAudit, audit_
 
 def audit(heading: SweepHeading, split: Split, trials: Sequence[TrialResult]) -> PruningAudit | None:
     """Over all tables of the sweep: false prunes are few. Confirming trials were never ranked, and are left out."""
-    fresh = {*heading.confirm_seeds, *(heading.extra_baseline_seeds if heading.confirm_seeds else ())}
     hidden = {LR_AXIS, *heading.derived_axes}
     ended = [
         EndedTrial(
@@ -23,7 +22,7 @@ def audit(heading: SweepHeading, split: Split, trials: Sequence[TrialResult]) ->
             share_done=trial.share_done,
         )
         for trial in trials
-        if trial.seed not in fresh
+        if trial.seed not in heading.fresh_seeds
     ]
     return audit_pruning(heading.rank_decisions, ended)
 

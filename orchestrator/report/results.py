@@ -15,8 +15,8 @@ from models.config import Layout
 from orchestrator.report.figures import lr_text, plural
 from orchestrator.report.tables import tabulate
 from orchestrator.report.tree import LR_AXIS, Results, SweepHeading, TrialResult
-from orchestrator.store import REPRODUCED, verdict_seeds
-from orchestrator.sweep import ResourcesConfig, SearchedRates, VerdictConfig
+from orchestrator.store import REPRODUCED, allotments, verdict_seeds
+from orchestrator.sweep import ResourcesConfig, SearchedRates, VerdictConfig, look_seeds
 from orchestrator.verdict import Design, Looks
 
 if TYPE_CHECKING:
@@ -40,13 +40,20 @@ def _heading(sweep: SweepRow) -> SweepHeading:
     looks, exploratory = _looks(sweep, rules.looks)
     confirming = tuple(sweep.settings.get("confirm_seeds") or ())
     searched, note = _growing_rates(sweep)
+    extra = tuple(sweep.settings.get("extra_baseline_seeds") or ())
+    by_look = None
+    if rules.allocate is not None and confirming:
+        by_look = look_seeds(seeds or (), confirming, extra, rules.looks, rules.allocate.seeds_per_look)
+        if looks.earlier:
+            exploratory = (*exploratory, "verdicts could be read with other seeds before the first look was taken")
+        looks = Looks(rules.looks)
     return SweepHeading(
         name=sweep.name,
         question=sweep.question,
         baseline=sweep.baseline,
         arms=sweep.arms,
         seeds=tuple(seeds) if seeds else None,
-        extra_baseline_seeds=tuple(sweep.settings.get("extra_baseline_seeds") or ()),
+        extra_baseline_seeds=extra,
         margin_nats=rules.margin,
         alpha=rules.alpha,
         design=Design(rules.method, rules.paired, looks),
@@ -56,6 +63,8 @@ def _heading(sweep: SweepRow) -> SweepHeading:
         axis_names=axes,
         derived_axes=derived,
         confirm_seeds=confirming,
+        look_seeds=by_look,
+        allotments=tuple(allotments(sweep.verdict)),
         searched_rates=searched,
         rates_note=note,
         declared={arm: tuple(keys) for arm, keys in (sweep.settings.get("declared") or {}).items()},

@@ -16,6 +16,7 @@ from statistics import fmean, median
 from typing import Any
 
 from orchestrator.report.footnotes import footnotes
+from orchestrator.report.look_words import sequence_of
 from orchestrator.report.pruning import audit, audit_in_words
 from orchestrator.report.tree import (
     LR_AXIS,
@@ -36,7 +37,8 @@ from orchestrator.scaling import (
     fit_optimum,
     pooled_variance,
 )
-from orchestrator.verdict import Sample, Verdict, compare
+from orchestrator.store import FINISHED
+from orchestrator.verdict import LookSequence, Sample, Verdict, compare
 
 
 def tabulate(heading: SweepHeading, trials: Sequence[TrialResult]) -> Results:
@@ -65,6 +67,7 @@ def tabulate(heading: SweepHeading, trials: Sequence[TrialResult]) -> Results:
         tables=tuple(_table(heading, split, axes_of[key], groups[key], pruned) for key in ordered),
         pruning=pruning,
         trials=tuple(trials),
+        allotments=heading.allotments,
     )
 
 
@@ -131,12 +134,16 @@ def _table(
     others = dict.fromkeys([*heading.arms, *(trial.arm for trial in trials)])
     names = [heading.baseline, *(name for name in others if name != heading.baseline)]
     trials = sorted(trials, key=lambda trial: (names.index(trial.arm), trial.lr, trial.seed))
-    fresh = {*heading.confirm_seeds, *(heading.extra_baseline_seeds if heading.confirm_seeds else ())}
-    cells = {_cell(heading, trial) for trial in trials if trial.seed not in fresh}
+    cells = {_cell(heading, trial) for trial in trials if trial.seed not in heading.fresh_seeds}
     arms = [_arm(name, heading, split, [trial for trial in trials if trial.arm == name], cells) for name in names]
-    comparison = compare(
-        [_sample(arm) for arm in arms], heading.baseline, heading.margin_nats, heading.alpha, heading.design
-    )
+    sequence = None if heading.look_seeds is None else _sequence(heading, split, arms)
+    if sequence is None:
+        comparison = compare(
+            [_sample(arm) for arm in arms], heading.baseline, heading.margin_nats, heading.alpha, heading.design
+        )
+    else:
+        comparison = sequence.comparison
+        arms = [_at_look(arm, heading, split, sequence) for arm in arms]
     chosen = not heading.confirm_seeds and any(_was_chosen(arm.learning_rate) for arm in arms)
     reasons = (*((LR_REASON,) if chosen else ()), *heading.exploratory)
     noise = pooled_variance([arm.learning_rate for arm in arms])
@@ -147,6 +154,7 @@ def _table(
                     _row(arm, judged, split, bool(reasons)),
                     is_baseline=arm.name == heading.baseline,
                     optimum=fit_optimum(arm.learning_rate, *noise, heading.margin_nats),
+                    look=None if sequence is None else sequence.look_of.get(arm.name),
                 ),
                 arm.is_whole,
             )
@@ -163,8 +171,36 @@ def _table(
         variances_p=comparison.variances_p,
         trials_compared=_compared(rows),
         states=_cell_states(trials),
-        footnotes=footnotes(heading, split, rows, trials, comparison, reasons, pruned),
+        footnotes=footnotes(heading, split, rows, trials, comparison, reasons, pruned, sequence),
     )
+
+
+def _sequence(heading: SweepHeading, split: Split, arms: Sequence[_Arm]) -> LookSequence:
+    """Of the arms that have trials: the family of the table."""
+    there = [arm for arm in arms if arm.trials or arm.name == heading.baseline]
+    fresh = {arm.name: [trial for trial in arm.trials if trial.seed in heading.fresh_seeds] for arm in there}
+    complete = [trial for trials in fresh.values() for trial in trials if trial.state == "COMPLETE"]
+    losses = {trial.fingerprint: loss for trial in complete if (loss := _loss(trial, split)) is not None}
+    rateless = [
+        arm.name for arm in there if not fresh[arm.name] and arm.learning_rate.best is None and _all_over(arm.trials)
+    ]
+    return sequence_of(heading, fresh, losses, {arm.name: _problem(arm) for arm in there}, rateless)
+
+
+def _all_over(trials: Sequence[TrialResult]) -> bool:
+    return all(trial.state in FINISHED for trial in trials)
+
+
+def _at_look(arm: _Arm, heading: SweepHeading, split: Split, sequence: LookSequence) -> _Arm:
+    """The arm by the seeds of its look; before the first, as it is."""
+    look = sequence.look_of.get(arm.name)
+    if look is None or heading.look_seeds is None:
+        return arm
+    verdict = next(one for one in sequence.comparison.verdicts if one.arm == arm.name)
+    seeds = heading.look_seeds.of(look, arm.name == heading.baseline) if verdict.mean_nats is not None else ()
+    at_best = tuple(sorted((trial for trial in arm.trials if trial.seed in seeds), key=lambda trial: trial.seed))
+    losses = tuple(loss for trial in at_best if (loss := _loss(trial, split)) is not None)
+    return replace(arm, at_best=at_best, losses_nats=losses)
 
 
 def _was_chosen(rates: BestLearningRate) -> bool:
@@ -194,7 +230,7 @@ def _sample(arm: _Arm) -> Sample:
 def _arm(name: str, heading: SweepHeading, split: Split, trials: list[TrialResult], cells: set[str]) -> _Arm:
     extra = heading.extra_baseline_seeds if name == heading.baseline else ()
     confirm = (*heading.confirm_seeds, *extra) if heading.confirm_seeds else ()
-    choosing = [trial for trial in trials if trial.seed not in confirm]
+    choosing = [trial for trial in trials if trial.seed not in heading.fresh_seeds]
     results = [CellResult(name, trial.lr, trial.seed, trial.state, _loss(trial, split)) for trial in choosing]
     expected = heading.seeds
     if expected is not None and not confirm:

@@ -98,7 +98,8 @@ def row_cells(row: ArmRow) -> tuple[str, ...]:
 
 
 def verdict_text(row: ArmRow) -> str:
-    return row.verdict + (EXPLORATORY_MARK if row.exploratory else "")
+    at = "" if row.look is None or row.is_baseline else f" (look {row.look})"
+    return row.verdict + at + (EXPLORATORY_MARK if row.exploratory else "")
 
 
 def speed_text(row: ArmRow, separator: str = " ", unit: str = "") -> str:

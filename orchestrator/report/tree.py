@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from orchestrator.scaling import Edge, LearningRatePoint, Optimum, PruningAudit
-from orchestrator.store import RankDecision
+from orchestrator.store import Allotment, RankDecision
+from orchestrator.sweep import LookSeeds
 from orchestrator.verdict import Decision, Design, Method, NoiseFloor
 
 LR_AXIS = "train.lr"
@@ -49,6 +50,8 @@ class SweepHeading:
     """Why no verdict of this sweep is confirmatory, beside what its tables show."""
     confirm_seeds: tuple[int, ...] = ()
     """Seeds of the verdicts, where ``seeds`` only choose the learning rates. ``extra_baseline_seeds`` are such, too."""
+    look_seeds: LookSeeds | None = None
+    """By look, the confirming seeds, where they go to the arms that are undecided; None: all arms get the same."""
     changes: tuple[str, ...] = ()
     """What was declared otherwise after the first submission, whose settings hold."""
     searched_rates: int | None = None
@@ -61,6 +64,16 @@ class SweepHeading:
     """By arm, the config keys that it sets otherwise than the baseline, in any of its cells."""
     rank_decisions: tuple[RankDecision, ...] = ()
     """What was pruned by rank, oldest first."""
+    allotments: tuple[Allotment, ...] = ()
+    """What looks decided, oldest first."""
+
+    @property
+    def fresh_seeds(self) -> frozenset[int]:
+        """All that may confirm and choose no learning rate."""
+        if not self.confirm_seeds:
+            return frozenset()
+        later = () if self.look_seeds is None else self.look_seeds.baseline[-1]
+        return frozenset((*self.confirm_seeds, *self.extra_baseline_seeds, *later))
 
 
 @dataclass(frozen=True)
@@ -159,6 +172,8 @@ class ArmRow:
     trials_complete: tuple[str, ...]
     points: tuple[LearningRatePoint, ...] = ()
     """Every learning rate that was tried, ascending, by the trials that choose."""
+    look: int | None = None
+    """The look whose interval this is, from 1, where seeds go to undecided arms; None before it, and elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -206,3 +221,5 @@ class Results:
     pruning: PruningAudit | None
     """Of all tables; None when nothing was pruned by rank."""
     trials: tuple[TrialResult, ...] = field(repr=False)
+    allotments: tuple[Allotment, ...] = ()
+    """What looks decided and which trials they gave, oldest first, as the controller noted it."""

@@ -1,5 +1,6 @@
 """SQL: the memory of all sweeps. The only owner of SQLAlchemy and Alembic; README.md here documents the views."""
 
+from orchestrator.store.allotted import ALLOCATED, allotments, find_allotment
 from orchestrator.store.checkup import Finding, check_store
 from orchestrator.store.face import Store
 from orchestrator.store.layers import mean_or_none
@@ -14,6 +15,7 @@ from orchestrator.store.rows import (
     HOST_EXCLUDED,
     REPRODUCED,
     Added,
+    Allotment,
     AttemptRow,
     BudgetLine,
     Curve,
@@ -43,6 +45,7 @@ from orchestrator.store.submission import find_choice, verdict_seeds
 from orchestrator.store.transfer import Transfer, export_store, import_store
 
 __all__ = [
+    "ALLOCATED",
     "BUDGET",
     "BUDGET_EXTENDED",
     "CANCEL_WANTED",
@@ -53,6 +56,7 @@ __all__ = [
     "REPRODUCED",
     "STATES",
     "Added",
+    "Allotment",
     "AttemptRow",
     "BudgetLine",
     "Curve",
@@ -81,8 +85,10 @@ __all__ = [
     "TrialRow",
     "TrialTaken",
     "ValidationRow",
+    "allotments",
     "check_store",
     "export_store",
+    "find_allotment",
     "find_choice",
     "import_store",
     "mean_or_none",

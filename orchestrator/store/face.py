@@ -15,6 +15,7 @@ from models.config import Layout
 from models.redaction import hide
 from models.run_dir import Record, Summary
 from orchestrator.store import (
+    allotted,
     attempts,
     orphans,
     outcomes,
@@ -153,6 +154,18 @@ class Store:
     def grow(self, sweep_id: int, rate: GrownRate, trials: Sequence[PlannedTrial]) -> None:
         """Add a learning rate with its trials; nothing when it is there."""
         self._write(submission.grow, sweep_id, rate, trials)
+
+    def allot(
+        self,
+        sweep_id: int,
+        axes: Mapping[str, Any],
+        look: int,
+        trials: Sequence[PlannedTrial],
+        reasons: Mapping[str, str],
+        formula: str,
+    ) -> bool:
+        """Note what a look decided, with the confirming trials that it gave; False when that was noted before."""
+        return self._write(allotted.allot, sweep_id, axes, look, trials, reasons, formula)
 
     def sweeps(self) -> list[SweepRow]:
         return self._read(reader.sweeps)

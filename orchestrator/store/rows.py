@@ -304,6 +304,22 @@ class RankDecision:
 
 
 @dataclass(frozen=True, slots=True)
+class Allotment:
+    """What a look decided: which arms are settled, and the confirming trials that the others got."""
+
+    axes: Mapping[str, Any]
+    """Of the table: but the learning rate and what is derived."""
+    look: int
+    """That was taken, from 1."""
+    at: datetime
+    trials: tuple[str, ...]
+    """Fingerprints, in the order in which they run; none when all are settled, or after the last look."""
+    reasons: Mapping[str, str]
+    """By arm, in words: of those that were undecided before, and of the baseline where it got seeds."""
+    formula: str
+
+
+@dataclass(frozen=True, slots=True)
 class EventRow:
     """Something worth telling that is not a number."""
 

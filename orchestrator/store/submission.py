@@ -60,6 +60,7 @@ def add_plan(connection: Connection, plan: Plan) -> Added:
     insert_missing(connection, schema.trial, rows)
     chosen = _still_chosen(connection, sweep_id, plan.confirmations)
     confirming = [trial for confirmation, lr in chosen for trial in confirmation.by_lr[lr]]
+    confirming += [trial for confirmation, lr in chosen for trial in _allotted(connection, sweep_id, confirmation, lr)]
     _link(connection, sweep_id, [*plan.trials, *confirming])
     return Added(sweep_id=sweep_id, num_new=len(new), num_known=len(fingerprints) - len(new))
 
@@ -84,17 +85,22 @@ def grow(connection: Connection, sweep_id: int, rate: GrownRate, trials: Sequenc
     now = {"arm": rate.arm, "axes": rate.axes, "lr": rate.lr}
     if now in verdict.get("grown", ()):
         return
-    rows = [_trial_values(planned) for planned in sorted(trials, key=lambda planned: planned.fingerprint)]
-    insert_missing(connection, schema.trial, rows)
-    for planned in trials:
-        row = _link_values(sweep_id, planned)
-        insert_missing(connection, schema.sweep_trial, [row])
-        link = schema.sweep_trial
-        here = (link.c.sweep_id == sweep_id, link.c.fingerprint == planned.fingerprint)
-        connection.execute(update(link).where(*here).values(**row))
+    join_trials(connection, sweep_id, trials)
     verdict = {**verdict, "grown": [*verdict.get("grown", ()), now]}
     connection.execute(update(schema.sweep).where(schema.sweep.c.id == sweep_id).values(verdict=verdict))
     add_event(connection, sweep_id, "learning_rate_added", f"{rate.arm}: learning rate {rate.lr:g}")
+
+
+def join_trials(connection: Connection, sweep_id: int, trials: Sequence[PlannedTrial]) -> None:
+    """Trials become the sweep's, beside those that it has; known ones are kept."""
+    rows = [_trial_values(planned) for planned in sorted(trials, key=lambda planned: planned.fingerprint)]
+    insert_missing(connection, schema.trial, rows)
+    link = schema.sweep_trial
+    for planned in trials:
+        row = _link_values(sweep_id, planned)
+        insert_missing(connection, link, [row])
+        here = (link.c.sweep_id == sweep_id, link.c.fingerprint == planned.fingerprint)
+        connection.execute(update(link).where(*here).values(**row))
 
 
 def choose(connection: Connection, sweep_id: int, confirmation: Confirmation, lr: float) -> float:
@@ -107,12 +113,7 @@ def choose(connection: Connection, sweep_id: int, confirmation: Confirmation, lr
     earlier = find_choice(connection.scalars(query).one(), confirmation)
     lr = lr if earlier is None else earlier["lr"]
     _confirm(connection, sweep_id, confirmation, lr)
-    rows = [_link_values(sweep_id, planned) for planned in confirmation.by_lr[lr]]
-    for row in rows:
-        insert_missing(connection, schema.sweep_trial, [row])
-        link = schema.sweep_trial
-        here = (link.c.sweep_id == sweep_id, link.c.fingerprint == row["fingerprint"])
-        connection.execute(update(link).where(*here).values(**row))
+    join_trials(connection, sweep_id, confirmation.by_lr[lr])
     if earlier is None:
         said = f"{confirmation.arm}: learning rate {lr:g} chosen by {len(confirmation.selection)} trials"
         add_event(connection, sweep_id, "learning_rate_chosen", said)
@@ -138,6 +139,13 @@ def _still_chosen(
             _confirm(connection, sweep_id, confirmation, choice["lr"])
             found.append((confirmation, choice["lr"]))
     return found
+
+
+def _allotted(connection: Connection, sweep_id: int, confirmation: Confirmation, lr: float) -> list[PlannedTrial]:
+    """Those that looks after the first gave the arm."""
+    verdict = connection.scalars(select(schema.sweep.c.verdict).where(schema.sweep.c.id == sweep_id)).one()
+    given = {fingerprint for one in verdict.get("allocated", ()) for fingerprint in one["trials"]}
+    return [trial for trials in confirmation.later.get(lr, ()) for trial in trials if trial.fingerprint in given]
 
 
 def _confirm(connection: Connection, sweep_id: int, confirmation: Confirmation, lr: float) -> None:
@@ -195,7 +203,8 @@ def _put_sweep(connection: Connection, plan: Plan) -> int:
         looked = _with_look(connection, sweep_id, before["baseline"], before["settings"], stored.verdict, settings)
         changed = {"updated_at": now, "verdict": looked, **values}
         connection.execute(update(schema.sweep).where(schema.sweep.c.id == sweep_id).values(**changed))
-    declared = (before["settings"].get("verdict"), before["baseline"])
+    # A store that an older version wrote lacks keys that have come since.
+    declared = (_written_out(before["settings"].get("verdict")), before["baseline"])
     if declared != (settings["verdict"], sweep.baseline):
         message = (
             f"verdict settings changed: {declared[0]}, baseline {declared[1]} -> "
@@ -203,6 +212,10 @@ def _put_sweep(connection: Connection, plan: Plan) -> int:
         )
         add_event(connection, sweep_id, "verdict settings changed", message)
     return sweep_id
+
+
+def _written_out(verdict: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    return None if verdict is None else {"allocate": None, **verdict}
 
 
 def _declared(plan: Plan) -> dict[str, list[str]]:

@@ -7,12 +7,14 @@ from orchestrator.sweep.budget import BUDGETS, BudgetConfig, check_extension, li
 from orchestrator.sweep.caps import check_cap
 from orchestrator.sweep.document import DocumentPath, Places, Problems, UserError
 from orchestrator.sweep.fields import KnownField, check_value, config_fields
+from orchestrator.sweep.look_seeds import LookSeeds, look_seeds, seeds_of_looks
 from orchestrator.sweep.notices import NOTICE_KINDS, NoticeKind, NoticesConfig, WaveConfig, check_https
 from orchestrator.sweep.parsing import load, parse
 from orchestrator.sweep.pruning import DivergenceConfig, PruneConfig, RankConfig
 from orchestrator.sweep.rates import ExtendedRates, GrowingRates, SearchedRates, rounded_rate
 from orchestrator.sweep.resources import WARM_BELOW_SECONDS, Placement, ResourcesConfig
 from orchestrator.sweep.settings import (
+    AllocateConfig,
     CheckpointConfig,
     CountsAs,
     Derived,
@@ -28,6 +30,7 @@ __all__ = [
     "BUDGETS",
     "NOTICE_KINDS",
     "WARM_BELOW_SECONDS",
+    "AllocateConfig",
     "BudgetConfig",
     "CheckpointConfig",
     "CountsAs",
@@ -38,6 +41,7 @@ __all__ = [
     "FailureRule",
     "GrowingRates",
     "KnownField",
+    "LookSeeds",
     "MatchConfig",
     "NoticeKind",
     "NoticesConfig",
@@ -61,7 +65,9 @@ __all__ = [
     "config_fields",
     "limits",
     "load",
+    "look_seeds",
     "parse",
     "refuse_extensions",
     "rounded_rate",
+    "seeds_of_looks",
 ]

@@ -70,6 +70,7 @@ def parse(text: str, path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
     values["extra_baseline_seeds"] = _extra_baseline_seeds(values, problems)
     _refuse_ranks_in_vain(values, problems)
     _refuse_beside_growing_rates(values, problems)
+    _refuse_allocation_in_vain(values, problems)
     problems.raise_if_any()
     sweep = Sweep(**values, text=text, overrides=tuple(overrides), path=os.path.abspath(path))
     sweep._places = places
@@ -269,6 +270,16 @@ def _extra_baseline_seeds(values: dict[str, Any], problems: Problems) -> tuple[i
     first = min(confirming, default=1)
     unused = (seed for seed in itertools.count(first) if seed not in seeds and seed not in values["seeds"])
     return tuple(itertools.islice(unused, max(0, wanted - len(seeds))))
+
+
+def _refuse_allocation_in_vain(values: dict[str, Any], problems: Problems) -> None:
+    if values.get("verdict", VerdictConfig()).allocate is None:
+        return
+    confirming = values.get("confirm_seeds", ())
+    if len(confirming) < 2:
+        got = "no seeds.confirm" if not confirming else f"{len(confirming)} in seeds.confirm"
+        said = f"it adds confirming seeds to those of the first look; got {got}; allowed: 2 or more"
+        problems.add(("verdict", "allocate"), said, on_key=True)
 
 
 def _refuse_ranks_in_vain(values: dict[str, Any], problems: Problems) -> None:

@@ -49,6 +49,15 @@ class MatchConfig(Frozen):
         return self
 
 
+class AllocateConfig(Frozen):
+    """Confirming seeds go, look by look, to the arms that are still undecided; those that are settled stop."""
+
+    method: Literal["obrien-fleming"] = "obrien-fleming"
+    """Group-sequential: how ``alpha`` is spent over the looks, and with it when an arm is settled."""
+    seeds_per_look: Count = 2
+    """More for every undecided arm from one look to the next, and for the baseline by its share."""
+
+
 class VerdictConfig(Frozen):
     """How arms are judged: declared before anything runs, and frozen at the first submission."""
 
@@ -64,6 +73,20 @@ class VerdictConfig(Frozen):
     """The last share of the schedule whose validations are averaged into a trial's loss."""
     looks: Annotated[Integer, Field(ge=1, le=20)] = 1
     """How often verdicts are read, counting every larger set of seeds as one more."""
+    allocate: AllocateConfig | None = None
+    """None: every arm gets the seeds that the sweep names, and no more."""
+
+    @model_validator(mode="after")
+    def _looks_can_be_taken(self) -> VerdictConfig:
+        if self.allocate is None:
+            return self
+        if self.looks == 1:
+            raise ValueError("allocate with looks 1: one look settles all arms at once; allowed: looks of 2 or more")
+        if self.paired:
+            raise ValueError("allocate with paired: settled arms have fewer seeds, so pairs fall apart; allowed: false")
+        if self.method == "auto":
+            raise ValueError("allocate with method auto: it would choose anew at each look; allowed: dunnett, welch")
+        return self
 
     @model_validator(mode="after")
     def _pairs_have_no_arms_variances(self) -> VerdictConfig:

@@ -7,6 +7,13 @@ from orchestrator.verdict.compare import FORMULA_VERSION, compare
 from orchestrator.verdict.decision import MAX_SEEDS, MIN_SEEDS_EQUIVALENT, decide, more_seeds
 from orchestrator.verdict.dunnett import critical_value
 from orchestrator.verdict.intervals import equal_variances
+from orchestrator.verdict.look_sequence import (
+    SEQUENCE_VERSION,
+    LookSequence,
+    LookTaken,
+    SeededLosses,
+    take_looks,
+)
 from orchestrator.verdict.looks import Looks, level_of_look, spent
 from orchestrator.verdict.samples import Comparison, Decision, Design, Method, NoiseFloor, Sample, Verdict, noise_floor
 
@@ -14,13 +21,17 @@ __all__ = [
     "FORMULA_VERSION",
     "MAX_SEEDS",
     "MIN_SEEDS_EQUIVALENT",
+    "SEQUENCE_VERSION",
     "Comparison",
     "Decision",
     "Design",
+    "LookSequence",
+    "LookTaken",
     "Looks",
     "Method",
     "NoiseFloor",
     "Sample",
+    "SeededLosses",
     "Verdict",
     "compare",
     "critical_value",
@@ -30,4 +41,5 @@ __all__ = [
     "more_seeds",
     "noise_floor",
     "spent",
+    "take_looks",
 ]

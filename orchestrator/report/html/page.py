@@ -102,12 +102,14 @@ def _states(table: VerdictTable) -> tuple[list[float], list[tuple[str, list[str]
 def _rules(material: Material) -> list[tuple[str, str]]:
     answer = material.results
     looks = answer.design.looks
+    last = max((row.look for table in answer.tables for row in table.rows if row.look is not None), default=None)
+    by_look = "" if last is None else f"{last} of {looks.declared} declared, seeds to the arms that are undecided"
     return [
         ("baseline", answer.baseline),
         ("margin", "none declared" if answer.margin_nats is None else f"{answer.margin_nats:g} nats"),
         ("level", f"{100 * answer.alpha:g} % over all comparisons of a table"),
         ("method", answer.design.method + (", paired by seed" if answer.design.paired else "")),
-        ("looks", f"{looks.number} of {looks.declared} declared"),
+        ("looks", by_look or f"{looks.number} of {looks.declared} declared"),
         ("tail", f"validations in the last {100 * answer.tail:g} % of the schedule are averaged"),
         ("loss", "on the whole validation split" if answer.split == "full" else "on the validation slice"),
         ("trials", plural(len(answer.trials), "trial")),
