@@ -299,6 +299,10 @@ def test_an_heir_killed_while_it_adopts_leaves_all_to_the_next(
 # -- the cluster goes away ----------------------------------------------------------------------------------------
 
 
+def head_events(bench: Bench, sweep_id: int) -> list[str]:
+    return [one.kind for one in bench.store.events(sweep_id) if one.kind in ("head_down", "head_back", "cluster_lost")]
+
+
 @pytest.fixture
 def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("LOOK_SECONDS", "PATIENCE_SECONDS", "CHECKPOINT_SECONDS"):
@@ -325,6 +329,7 @@ def test_a_cluster_that_vanishes_ends_the_run_and_charges_no_trial(
         controller.run()
     assert set(bench.states(strict).values()) <= {"RUNNING", "WAITING"}
     assert bench.store.lease_holder(controller.sweep_id) is None
+    assert head_events(bench, controller.sweep_id) == ["head_down", "cluster_lost"]
     run_on(bench, strict, lasting())
     cause = "controller_lost" if are_dead else "interrupted"
     assert list(attempts_of(bench, strict).values()) == [[cause, "complete"]] * 2
@@ -341,6 +346,7 @@ def test_a_head_that_comes_back_in_time_costs_nothing(
     with bench.controller(plan, cluster, watcher) as controller:
         controller.run()
     assert [line[:8].strip() for line in watcher.lines if "Ray's head" in line] == ["PAUSED", "goes on"]
+    assert head_events(bench, controller.sweep_id) == ["head_down", "head_back"]
     assert attempts_of(bench, plan) == {"baseline/1": ["complete"], "g1/1": ["complete"]}
     assert bench.curves(plan) == undisturbed
 
@@ -368,6 +374,7 @@ def test_another_head_in_the_place_of_the_first_ends_the_run_and_charges_no_tria
     with pytest.raises(ClusterLost, match="has forgotten"), bench.controller(strict, cluster, watcher) as controller:
         controller.run()
     assert bench.store.lease_holder(controller.sweep_id) is None
+    assert head_events(bench, controller.sweep_id) == ["head_down", "cluster_lost"]
     run_on(bench, strict, lasting())
     cause = "controller_lost" if are_dead else "interrupted"
     assert list(attempts_of(bench, strict).values()) == [[cause, "complete"]] * 2

@@ -19,6 +19,8 @@ LOOK_SECONDS = 1.0
 PATIENCE_SECONDS = 15.0
 """A head that is restarted with its state kept is back by then."""
 CHECKPOINT_SECONDS = 20.0
+HEAD_DOWN, HEAD_BACK, CLUSTER_LOST = "head_down", "head_back", "cluster_lost"
+"""Events of the sweep: ``status`` tells them."""
 
 
 class ClusterLost(Exception):
@@ -47,12 +49,16 @@ class ClusterWatch:
         self._looked_at = clock.monotonic()
         if self._cluster.is_reachable():
             return
-        self._run.view.tell("PAUSED    Ray's head does not answer; training goes on while it can")
+        said = "Ray's head does not answer; training goes on while it can"
+        self._run.view.tell(f"PAUSED    {said}")
+        self._event(HEAD_DOWN, said)
         if not self._wait_until(lambda: self._cluster.answering() is not None, PATIENCE_SECONDS):
             self._leave("Ray's head does not answer any more")
         if not self.is_there():
             self._leave("Ray's head was restarted and has forgotten its cluster")
         self._run.view.tell("goes on   Ray's head is back")
+        seconds = clock.monotonic() - self._looked_at
+        self._event(HEAD_BACK, f"Ray's head is back after {seconds:.0f} s; nothing was lost")
 
     def _leave(self, why: str) -> None:
         for attempt in self._run.running:
@@ -60,7 +66,12 @@ class ClusterWatch:
         self._wait_until(self._have_all_ended, CHECKPOINT_SECONDS)
         left = len(self._run.running)
         said = f"; {left} attempt(s) could not be told to stop" if left else ""
-        raise ClusterLost(f"{why}{said}; no trial is lost, nothing is charged")
+        why = f"{why}{said}; no trial is lost, nothing is charged"
+        self._event(CLUSTER_LOST, why)
+        raise ClusterLost(why)
+
+    def _event(self, kind: str, message: str) -> None:
+        self._run.store.add_event(self._run.sweep_id, kind, message)
 
     def _have_all_ended(self) -> bool:
         self._follow(list(self._run.running))
