@@ -84,17 +84,21 @@ def prepare(device: str, local_rank: int = 0) -> None:
 def _shorten() -> None:
     """Take out of a step what costs time on the CPU and changes no bit."""
     from megatron.core.fusions import fused_softmax
+    from megatron.core.models.common.language_module.language_module import LanguageModule
     from megatron.core.pipeline_parallel import schedules
     from megatron.core.tensor_parallel import layers
     from megatron.core.tensor_parallel.cross_entropy import VocabParallelCrossEntropy
     from megatron.core.transformer.moe import router
 
     torch.distributed.all_reduce = one_rank.all_reduce(torch.distributed.all_reduce)
+    torch.distributed.all_gather_object = one_rank.all_gather_object(torch.distributed.all_gather_object)
     name = "linear_with_grad_accumulation_and_async_allreduce"
     setattr(layers, name, one_rank.linear(getattr(layers, name)))
     VocabParallelCrossEntropy.calculate_logits_max = staticmethod(one_rank.largest_logits)
     schedules.backward_step = _within(lambda: as_it_is(), schedules.backward_step)
-    # In a forward pass, these do ask for CUDA by name.
+    # When built, and in a forward pass, these do ask for CUDA by name.
+    name = "setup_embeddings_and_output_layer"
+    setattr(LanguageModule, name, _within(_as_on, getattr(LanguageModule, name)))
     fused_softmax.get_default_causal_mask = _within(_as_on, fused_softmax.get_default_causal_mask)
     router.save_to_aux_losses_tracker = _within(_as_on, router.save_to_aux_losses_tracker)
 
@@ -146,8 +150,8 @@ def on(device: str) -> Iterator[None]:
 
 
 def as_it_is() -> contextlib.AbstractContextManager[None]:
-    """Within ``on``: calls of torch go past it. For the passes through the model and the update, which do not ask for
-    CUDA by name: a thousand calls in a step would each take a turn through Python."""
+    """Within ``on``: calls of torch go past it. For building the model, the passes through it and the update, which do
+    not ask for CUDA by name: a thousand calls in a step would each take a turn through Python."""
     if not _prepared:  # on CUDA, where Transformer Engine's tensors have functions of their own
         return contextlib.nullcontext()
     without: contextlib.AbstractContextManager[None] = torch._C.DisableTorchFunction()
@@ -166,11 +170,13 @@ def collective_backend(device: str) -> str:
 
 def seed_everything(seed: int, device: str) -> None:
     """The same seed on every rank: Megatron draws whole weights and cuts them, so layouts agree."""
-    torch.manual_seed(seed)
-    if device == "cuda":
-        from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+    if device == "cpu":
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed also looks for every other kind of device
+        return
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-        model_parallel_cuda_manual_seed(seed)
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed)
 
 
 def peak_memory_bytes(device: str) -> int:

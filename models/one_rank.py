@@ -6,6 +6,7 @@ Each function takes Megatron's own, or torch's, and hands on to it whatever is n
 from __future__ import annotations
 
 import functools
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -35,6 +36,19 @@ def all_reduce(original: Callable[..., Any]) -> Callable[..., Any]:
         if distributed.get_world_size(group) == 1:
             return _Done() if async_op else None
         return original(tensor, op, group, async_op)
+
+    return apply
+
+
+def all_gather_object(original: Callable[..., None]) -> Callable[..., None]:
+    """torch's ``all_gather_object``: of one rank a copy of its own object, by a pickle as it would come from others."""
+
+    @functools.wraps(original)
+    def apply(object_list: list[Any], obj: Any, group: Any = None) -> None:
+        if distributed.get_world_size(group) == 1:
+            object_list[0] = pickle.loads(pickle.dumps(obj))
+        else:
+            original(object_list, obj, group)
 
     return apply
 

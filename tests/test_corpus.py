@@ -18,7 +18,15 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from models.config import DataConfig, ValidationConfig
-from models.corpus import CorpusError, TrainBatches, prepare, prepared, train_dataset, validation_batches
+from models.corpus import (
+    CorpusError,
+    OpenedDatasets,
+    TrainBatches,
+    prepare,
+    prepared,
+    train_dataset,
+    validation_batches,
+)
 from models.corpus import text as corpus_text
 from models.corpus.split import equal_shares, utf8_head
 from models.corpus.text import file_sha256
@@ -336,6 +344,20 @@ def test_index_files_appear_all_at_once(small, tmp_path, monkeypatch):
     assert len(visible_while_writing) == 3
     (finished,) = indices.iterdir()
     assert len(list(finished.iterdir())) == 5  # three arrays, their description, and the signed manifest
+
+
+def test_a_warm_rank_opens_a_trials_samples_once_and_forgets_the_oldest(small):
+    content, data = small
+    opened = OpenedDatasets(most=2)
+    first = opened.train_dataset(content, data, 16, seed=1)
+    second = opened.train_dataset(content, data, 16, seed=2)
+    assert opened.train_dataset(content, data, 16, seed=1) is first
+    longer = opened.train_dataset(content, data, 32, seed=1)  # in the place of the one asked for longest ago
+    assert opened.train_dataset(content, data, 32, seed=1) is longer
+    again = opened.train_dataset(content, data, 16, seed=2)
+    assert again is not second
+    assert torch.equal(all_tokens(again, 2, 8, None, 1), all_tokens(second, 2, 8, None, 1))
+    assert not torch.equal(all_tokens(again, 2, 8, None, 1), all_tokens(first, 2, 8, None, 1))
 
 
 GANG_RANK = """

@@ -76,6 +76,20 @@ def test_a_reduction_over_one_rank_leaves_the_tensor_and_gives_a_handle_if_asked
     assert tensor.tolist() == [0, 1, 2]
 
 
+def test_an_object_gathered_from_one_rank_is_a_copy_of_it(world):
+    import torch
+
+    from models import one_rank
+
+    def never(*_):
+        raise AssertionError("gloo was asked")
+
+    own, found = {"plan": [torch.arange(3.0)]}, [None]
+    one_rank.all_gather_object(never)(found, own)
+    assert torch.equal(found[0]["plan"][0], own["plan"][0])
+    assert found[0]["plan"][0] is not own["plan"][0]
+
+
 def test_the_largest_logits_are_megatrons(world):
     import torch
 

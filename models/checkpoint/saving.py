@@ -9,13 +9,14 @@ dead rank can hold up more than rank 0's own thread. Rank 0 then writes the mani
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
 import json
 import logging
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
 from dataclasses import dataclass
@@ -64,7 +65,8 @@ class _Snapshot:
     """A rank's state at a step, in host memory."""
 
     step: int
-    planner: MCoreSavePlanner
+    planner: Callable[[], MCoreSavePlanner]
+    """Made by the writing thread, but for the first checkpoint, whose planner settles the plan."""
     plan: _Plan
     common: dict[str, Any]
     """What is no tensor of the model or the optimizer; the same on every rank."""
@@ -113,19 +115,27 @@ class Saver:
         state = state_of(chunks, optimizer, is_loading=False)
         # Nothing draws in training: dropout is 0 in every model here. So the state is the same on every rank.
         state |= {"step": step, "torch_rng": torch.get_rng_state()}
-        sharded, common = save_preprocess(state, validate_access_integrity=self._plan is None)
-        pieces, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
-        copied = _copy_to_host(pieces)
+        with device.as_it_is():
+            sharded, common = save_preprocess(state, validate_access_integrity=self._plan is None)
+            pieces, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
+            copied = _copy_to_host(pieces)
+        names = tuple((name, *(shard.global_offset for shard in shards)) for name, shards in pieces.items())
+        make = functools.partial(self._planner, pieces)
+        if self._plan is None:
+            planner = make()
+            self._plan = self._agreed(planner, names)
+            return _Snapshot(step, lambda: planner, self._plan, common, copied)
+        if self._plan.pieces != names:
+            raise RuntimeError(f"rank {self._rank} holds other tensors at step {step} than at its first checkpoint")
+        return _Snapshot(step, make, self._plan, common, copied)
+
+    def _planner(self, pieces: dict[str, list[Any]]) -> MCoreSavePlanner:
+        """What torch writes by. It takes ``pieces`` over."""
         with device.as_it_is():
             tensors = mcore_to_pyt_state_dict(pieces, False)
         planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
         planner.set_up_planner(tensors, is_coordinator=self._rank == 0)
-        names = tuple((name, *(shard.global_offset for shard in shards)) for name, shards in pieces.items())
-        if self._plan is None:
-            self._plan = self._agreed(planner, names)
-        elif self._plan.pieces != names:
-            raise RuntimeError(f"rank {self._rank} holds other tensors at step {step} than at its first checkpoint")
-        return _Snapshot(step, planner, self._plan, common, copied)
+        return planner
 
     def _agreed(self, planner: MCoreSavePlanner, pieces: tuple[Any, ...]) -> _Plan:
         """Every rank's own plan, seen by all: each comes to the same whole."""
@@ -160,7 +170,8 @@ class Saver:
         aside.mkdir(parents=True, exist_ok=True)
         # Without a copy ahead: what is in host memory needs no stream of CUDA's.
         writer = FileSystemWriter(aside, thread_count=1, per_thread_copy_ahead=0)
-        results = writer.write_data(snapshot.planner.finish_plan(snapshot.plan.own), snapshot.planner).value()
+        planner = snapshot.planner()
+        results = writer.write_data(planner.finish_plan(snapshot.plan.own), planner).value()
         if self._rank == 0:
             _write_common(snapshot.common, aside)
         part = {"files": checked(aside, written_by(self._rank, aside)), "written": [_place(one) for one in results]}

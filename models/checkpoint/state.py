@@ -11,6 +11,8 @@ from megatron.core.dist_checkpointing.utils import extract_sharded_base
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from models import device
+
 _SHARDING = "fully_reshardable"
 """The only form of Megatron's distributed optimizer that every layout can load, and the plain optimizer too."""
 _METADATA = {"distrib_optim_sharding_type": _SHARDING, "chained_optim_avoid_prefix": True}
@@ -28,10 +30,11 @@ def state_of(chunks: Sequence[Any], optimizer: Any, *, is_loading: bool) -> dict
     different on other layouts.
     """
     metadata = sharding_metadata()
-    model = {
-        f"model{i}": without_extra_state(chunk.module.sharded_state_dict(metadata=metadata), chunk.config)
-        for i, chunk in enumerate(chunks)
-    }
+    with device.as_it_is():
+        model = {
+            f"model{i}": without_extra_state(chunk.module.sharded_state_dict(metadata=metadata), chunk.config)
+            for i, chunk in enumerate(chunks)
+        }
     for part in optimizer.chained_optimizers:
         if isinstance(part, DistributedOptimizer):
             _start_moments(part)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from models.corpus.batches import (
         Batch,
+        OpenedDatasets,
         TrainBatches,
         ValidationBatches,
         train_dataset,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "batches": (
         "Batch",
+        "OpenedDatasets",
         "TrainBatches",
         "ValidationBatches",
         "train_dataset",
@@ -46,6 +48,7 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
     "Batch",
     "CorpusError",
+    "OpenedDatasets",
     "Prepared",
     "PreparedSplit",
     "Sources",

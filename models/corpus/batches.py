@@ -10,6 +10,7 @@ import dataclasses
 import math
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -56,7 +57,7 @@ def train_dataset(prepared: Prepared, data: DataConfig, num_samples: int, seed: 
     Trials that run at once share the files: Megatron writes them in place, so they are made aside and renamed.
     It reads them with ``allow_pickle``, so they are signed, and each key has its own (Untrusted: somebody else's).
     """
-    name = f"mcore{version('megatron-core')}-length{data.sequence_length}-samples{num_samples}-seed{seed}"
+    name = f"mcore{_megatron_version()}-length{data.sequence_length}-samples{num_samples}-seed{seed}"
     found: list[Any] = [None, None]
     distributed = torch.distributed.is_initialized()
     if not distributed or torch.distributed.get_rank() == 0:
@@ -74,6 +75,35 @@ def train_dataset(prepared: Prepared, data: DataConfig, num_samples: int, seed: 
     return _gpt_dataset(prepared, data, num_samples, seed, indices_dir)
 
 
+@cache
+def _megatron_version() -> str:
+    """Of the installed package: it is searched for on the disk, so once a process."""
+    return version("megatron-core")
+
+
+class OpenedDatasets:
+    """What a gang's rank has opened, for its next trial with the same text, length and seed: the arms of a block.
+
+    They were checked when they were opened, and their files stay mapped; ``Prepared`` is read anew by every trial.
+    All ranks of a gang see the same trials in the same order, so that they find the same ones here.
+    """
+
+    def __init__(self, most: int = 8) -> None:
+        self._most = most
+        self._found: OrderedDict[tuple[Prepared, int, int, int], GPTDataset] = OrderedDict()
+
+    def train_dataset(self, prepared: Prepared, data: DataConfig, num_samples: int, seed: int) -> GPTDataset:
+        """``train_dataset``, or what it returned before."""
+        key = (prepared, data.sequence_length, num_samples, seed)
+        found = self._found.pop(key, None)
+        if found is None:
+            found = train_dataset(prepared, data, num_samples, seed)
+        self._found[key] = found
+        if len(self._found) > self._most:
+            self._found.popitem(last=False)
+        return found
+
+
 def _refusal(indices_dir: Path) -> str | None:
     """Why an index cache is not opened. It can be made anew at any time, so there is one mend for all."""
     try:
@@ -85,18 +115,21 @@ def _refusal(indices_dir: Path) -> str | None:
     return None
 
 
-def training_samples(sources: Sources, data: DataConfig, num_samples: int, seed: int) -> Any:
+def training_samples(
+    sources: Sources, data: DataConfig, num_samples: int, seed: int, opened: OpenedDatasets | None = None
+) -> Any:
     """What a trial trains on (Samples): ``train_dataset`` of its one corpus, or Megatron's blend of several.
 
     The next sample is always of the member that is furthest behind its share, so that no member is ever more than one
     sample ahead of it. A member's own samples come in its own order, as if it were alone.
     """
+    open_one = train_dataset if opened is None else opened.train_dataset
     if len(sources.blend) == 1:
-        return train_dataset(sources.blend[0][0], data, num_samples, seed)
+        return open_one(sources.blend[0][0], data, num_samples, seed)
     weights = [weight for _, weight in sources.blend]
     wanted = [math.ceil(num_samples * weight / sum(weights)) + 1 for weight in weights]
     members = [
-        train_dataset(prepared, data, number, seed) for (prepared, _), number in zip(sources.blend, wanted, strict=True)
+        open_one(prepared, data, number, seed) for (prepared, _), number in zip(sources.blend, wanted, strict=True)
     ]
     # Its index is made in memory, 10 bytes a sample: Megatron would write the file in place, and trials share it.
     config = dataclasses.replace(members[0].config, path_to_cache=None)

@@ -6,6 +6,7 @@ the rank's writing thread, its summary is written. So a summary that says comple
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import math
@@ -167,7 +168,9 @@ class _Attempt:
         sources = corpus.gather(trial.data, Path(spec.data_dir))
         devices.seed_everything(trial.seed, world.device)
         self.backend = layer_specs.choose_backend(trial, spec.backend, world.device)
-        chunks = layer_specs.build_chunks(trial, world.layout, world.device, self.backend)
+        # A mechanism of somebody else's may ask for CUDA by name when it is built.
+        with contextlib.nullcontext() if trial.model.plugins else devices.as_it_is():
+            chunks = layer_specs.build_chunks(trial, world.layout, world.device, self.backend)
         # A stage draws no more than it must; from here on the random state does not depend on the layout.
         devices.seed_everything(trial.seed, world.device)
         self.num_parameters = layer_specs.num_parameters(chunks)
@@ -178,7 +181,11 @@ class _Attempt:
         self.micro_batch = spec.micro_batch_sequences or trial.batch_sequences // world.layout.data
         self.batches = corpus.TrainBatches(
             corpus.training_samples(
-                sources, trial.data, num_samples=trial.train.num_steps * trial.batch_sequences, seed=trial.seed
+                sources,
+                trial.data,
+                num_samples=trial.train.num_steps * trial.batch_sequences,
+                seed=trial.seed,
+                opened=world.datasets,
             ),
             batch_sequences=trial.batch_sequences,
             micro_batch_sequences=self.micro_batch,
@@ -236,8 +243,10 @@ class _Attempt:
             raise NonFinite(f"loss {loss}, gradient norm {norm} at step {self.step}")
 
     def _micro_batches(self) -> Iterator[corpus.Batch]:
-        for batch in self.batches.micro_batches(self.step - 1):
+        for number, batch in enumerate(self.batches.micro_batches(self.step - 1)):
             self.beat()
+            if number == 0 and self.step == self.spec.resume_step + 1:
+                log.info("the first batch is there")
             yield {name: tensor.to(self.world.device) for name, tensor in batch.items()}
 
     def _validate(self, split: Literal["slice", "full"]) -> None:

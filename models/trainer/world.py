@@ -13,6 +13,7 @@ from torch import distributed
 from models import device as devices
 from models.checkpoint import Writer
 from models.config import Layout
+from models.corpus import OpenedDatasets
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ class World:
     device: str
     writer: Writer = field(default_factory=Writer, compare=False)
     """Of checkpoints. It is the gang's: a trial may end, and the next one start, while the last of one is written."""
+    datasets: OpenedDatasets = field(default_factory=OpenedDatasets, compare=False)
+    """The gang's, too."""
 
     @classmethod
     def join(
