@@ -5,7 +5,7 @@
 The quick start's model and arms for a few steps, through the real controller, store and Ray gang. The final validation
 and probe are left out: any of the frameworks would spend them. The final checkpoint is in, and written while the next
 trial begins; the others save nothing. All moments are those of the log lines that the trainer writes in any case, to a
-millisecond; the first forward pass follows the last of them within one more.
+millisecond; the last of them is that of the first batch, which the model is given next.
 
 Beside it, in the same run on the same Ray, the same trainer on the same model: Ray Tune (a class Trainable a trial) by
 default and with ``reuse_actors=True``, and consecutive ``TorchTrainer.fit()`` of two ranks.
@@ -39,7 +39,8 @@ from orchestrator.sweep import load
 
 ROOT = Path(__file__).parents[2]
 SHORT = [
-    "train.tokens=6144",  # three steps
+    "train.tokens=8192",  # four steps
+    "checkpoint.every_steps=2",  # one in the middle and one at the end, as in the quick start
     "data.validation.slice_bytes=2048",
     "data.validation.points=1",
     "axes={train.lr: [1e-3, 2e-3, 3e-3]}",
@@ -63,7 +64,7 @@ class Marks:
     """When an attempt did what, in seconds; from rank 0's log."""
 
     begins: float
-    built: float
+    first: float
     trained: float
     measured: float
     ended: float
@@ -74,7 +75,7 @@ def marks_of(log: Path) -> Marks:
     for line in log.read_text().splitlines():
         for name, words in {
             "begins": " begins",
-            "built": " parameters, ",
+            "first": "the first batch is there",
             "trained": " steps are done",
             "measured": "measured",
             "ended": "ended complete",
@@ -90,9 +91,9 @@ def all_marks(home: Path) -> list[Marks]:
 
 
 def transitions(marks: Sequence[Marks]) -> list[tuple[float, ...]]:
-    """By transition: the checkpoint's copy, from there to the next trial's begin, and its building."""
+    """By transition: the checkpoint's copy, from there to the next trial's begin, and to its first batch."""
     return [
-        (before.ended - before.measured, after.begins - before.ended, after.built - after.begins)
+        (before.ended - before.measured, after.begins - before.ended, after.first - after.begins)
         for before, after in itertools.pairwise(marks)
     ]
 
@@ -139,20 +140,24 @@ def run_sweep(cluster: Any, home: Path, overrides: Collection[str]) -> list[Mark
     return all_marks(home)
 
 
-def seeds_for(number: int) -> str:
-    """Seeds that make at least so many transitions of 12 cells."""
-    return f"seeds={list(range(1, number // 12 + 2))}"
+def seeds(number: int) -> list[str]:
+    return [f"seeds={list(range(1, number + 1))}", f"baseline_seeds={number}"]
+
+
+def seeds_for(num_transitions: int) -> list[str]:
+    """Of 12 cells."""
+    return seeds(num_transitions // 12 + 1)
 
 
 def cold_parts(cluster: Cluster, home: Path, overrides: Sequence[str]) -> tuple[float, ...]:
     """A sweep of one trial, from the question for a gang to its first forward pass."""
     watched = Watched(cluster)
-    one = ["axes={train.lr: [1e-3]}", "arms={baseline: {}}", "match=none"]
+    one = ["axes={train.lr: [1e-3]}", "arms={baseline: {}}", "match=none", *seeds(1)]
     (marks,) = run_sweep(watched, home, [*one, *overrides])
     ((asked, gang),) = watched.starts
     process = max(asked, max(member["created"] for member in gang.members))
     joined = max(member["joined"] for member in gang.members)
-    return process - asked, joined - process, marks.begins - joined, marks.built - marks.begins
+    return process - asked, joined - process, marks.begins - joined, marks.first - marks.begins
 
 
 @contextlib.contextmanager
@@ -181,7 +186,7 @@ def members_that_tell() -> Iterator[None]:
 
 
 def short_configs() -> list[TrialConfig]:
-    return [trial.config for trial in expand(load(ROOT / "sweeps" / "quickstart.yaml", SHORT)).trials]
+    return [trial.config for trial in expand(load(ROOT / "sweeps" / "quickstart.yaml", [*SHORT, *seeds(1)])).trials]
 
 
 def attempt(home: Path, config: TrialConfig, number: int, layout: Layout) -> AttemptSpec:
@@ -285,7 +290,7 @@ def ours(options: argparse.Namespace, cluster: Cluster, folder: Path) -> dict[st
     medians = {}
     for name, overrides in {"one rank": [], "two ranks": [TWO_RANKS]}.items():
         home = folder / name.replace(" ", "-")
-        marks = run_sweep(cluster, home, [*overrides, seeds_for(options.transitions)])
+        marks = run_sweep(cluster, home, [*overrides, *seeds_for(options.transitions)])
         medians[f"{name}, warm"] = row(f"gatesweep, {name}, warm", transitions(marks)[: options.transitions], PARTS)
     with members_that_tell():
         for name, overrides in {"one rank": [], "two ranks": [TWO_RANKS]}.items():
