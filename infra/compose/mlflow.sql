@@ -1,0 +1,2 @@
+-- MLflow's own: both keep an alembic_version.
+CREATE DATABASE mlflow;
