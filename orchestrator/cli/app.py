@@ -17,6 +17,7 @@ from rich.console import Console
 from models.redaction import redacted
 from orchestrator import report
 from orchestrator.cli import control, data_verbs, db_verbs, doctor, schema_verb, signing, submit, trace, trained, watch
+from orchestrator.cli import imports as imports_verb
 from orchestrator.cli import results as results_verb
 from orchestrator.cli.fresh import refuse_stale
 from orchestrator.cli.home import Home, existing_store, has_store
@@ -46,6 +47,7 @@ trained.register(app, console)
 trace.register(app, console)
 watch.register(app, console)
 results_verb.register(app, console)
+imports_verb.register(app, console)
 
 USER_ERROR_EXIT, DEFECT_EXIT = 2, 1
 

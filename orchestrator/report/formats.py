@@ -25,6 +25,7 @@ from orchestrator.report.figures import (
     spread_text,
     states_text,
 )
+from orchestrator.report.imported import IMPORTED_HEADINGS, IMPORTED_NOTE, imported_cells
 from orchestrator.report.terminal import diverged_text, speed_text, verdict_text
 from orchestrator.report.tree import STATES, ArmRow, Results, VerdictTable
 
@@ -79,6 +80,7 @@ def to_json(results: Results) -> str:
         "tables": [_json_table(table) for table in results.tables],
         "pruning": _json_pruning(results),
         "looks": [{**asdict(one), "at": one.at.isoformat()} for one in results.allotments],
+        "imported": [asdict(one) for one in results.imported],
         "trials": [asdict(trial) for trial in results.trials],
     }
     return json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
@@ -139,7 +141,8 @@ def derived_value(value: object, formula: str, trials: tuple[str, ...]) -> dict[
 
 
 def to_csv(results: Results) -> str:
-    """A line an arm and table. Axes come first, under their dotted names; a missing number is an empty field."""
+    """A line an arm and table. Axes come first, under their dotted names; a missing number is an empty field. Curves
+    from elsewhere come last: their ``decision`` is ``imported, unverified``, and they have no interval."""
     axes = list(dict.fromkeys(name for table in results.tables for name, _ in table.axes))
     fields = [name for name in (*_GIVEN, *_FORMULAS) if name != "losses_nats"]
     stream = io.StringIO()
@@ -155,6 +158,10 @@ def to_csv(results: Results) -> str:
             own = {name: _plain(row, name) for name in fields}
             line = {"sweep": results.sweep, **dict(table.axes), **own, **counts, "validation_split": results.split}
             writer.writerow({name: _csv_field(value) for name, value in line.items()})
+    for one in results.imported:
+        marks = {"sweep": results.sweep, "arm": one.name, "decision": one.status, "verdict": one.status}
+        numbers = {"loss_nats": one.loss_nats, "loss_sd_nats": one.loss_sd_nats, "delta_nats": one.delta_nats}
+        writer.writerow({**marks, **numbers, "is_baseline": "false", "validation_split": f"imported {one.split}"})
     return stream.getvalue()
 
 
@@ -180,6 +187,10 @@ def to_markdown(results: Results) -> str:
         lines.append("|---|---|" + "---:|" * 7 + "---|---|---|")
         lines += [markdown_line(_markdown_cells(row)) for row in table.rows]
         lines += ["", *(f"- {markdown_text(note)}" for note in table.footnotes), ""]
+    if results.imported:
+        lines += [markdown_line(IMPORTED_HEADINGS), "|---" * len(IMPORTED_HEADINGS) + "|"]
+        lines += [markdown_line(imported_cells(row)) for row in results.imported]
+        lines += ["", f"- {markdown_text(IMPORTED_NOTE)}", ""]
     return "\n".join(lines)
 
 

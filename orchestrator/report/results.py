@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from models.accounting import utilisation
 from models.config import Layout
 from orchestrator.report.figures import lr_text, plural
+from orchestrator.report.imported import with_imported
 from orchestrator.report.tables import tabulate
 from orchestrator.report.tree import LR_AXIS, Results, SweepHeading, TrialResult
 from orchestrator.store import REPRODUCED, allotments, verdict_seeds
@@ -28,7 +29,7 @@ def results(store: Store, sweep_name: str) -> Results:
     sweep = store.sweep(sweep_name)
     decisions, compared = tuple(store.rank_decisions(sweep.id)), store.comparisons(sweep.id)
     heading = replace(_heading(sweep), rank_decisions=decisions, comparisons=compared)
-    return tabulate(heading, _trial_results(store, sweep, heading.tail))
+    return with_imported(tabulate(heading, _trial_results(store, sweep, heading.tail)), store.imported(sweep.id))
 
 
 def _heading(sweep: SweepRow) -> SweepHeading:

@@ -5,7 +5,7 @@ All text goes in as ``Text``: an interval in brackets, or a name, would otherwis
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from rich.box import SIMPLE_HEAD
@@ -27,7 +27,8 @@ from orchestrator.report.figures import (
     wrapped,
 )
 from orchestrator.report.footnotes import EXPLORATORY_MARK
-from orchestrator.report.tree import ArmRow, Results, VerdictTable
+from orchestrator.report.imported import IMPORTED_HEADINGS, IMPORTED_NOTE, imported_cells
+from orchestrator.report.tree import ArmRow, ImportedRow, Results, VerdictTable
 
 _HEADINGS = (
     "#", "arm", "best\nLR", "loss\nnats", "bits/byte\nperplexity", "difference\n[interval]", "params", "tokens\n/s",
@@ -59,6 +60,10 @@ class ResultsView:
             yield Text("no trials yet")
         for table in self.results.tables:
             yield from self._table(table, options.max_width)
+        if self.results.imported:
+            yield Text("")
+            yield _imported(self.results.imported, options.max_width)
+            yield Text("\n".join(wrapped(IMPORTED_NOTE, options.max_width)), style="dim")
 
     def _table(self, table: VerdictTable, width: int) -> Iterator[RenderableType]:
         yield Text("")
@@ -69,6 +74,21 @@ class ResultsView:
         yield Text("")
         for note in table.footnotes:
             yield Text("\n".join(wrapped(note, width)), style="dim")
+
+
+def _imported(rows: Sequence[ImportedRow], width: int) -> RenderableType:
+    """A table where it fits, else a line a name."""
+    cells = [imported_cells(row) for row in rows]
+    widths = [max(map(len, column)) for column in zip(IMPORTED_HEADINGS, *cells, strict=True)]
+    if sum(widths) + _GAP * (len(widths) - 1) > width:
+        named = [", ".join(f"{head} {cell}" for head, cell in zip(IMPORTED_HEADINGS, of, strict=True)) for of in cells]
+        return Text("\n".join(line for one in named for line in wrapped(one, width)))
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, _GAP - 1, 0, 0))
+    for heading in IMPORTED_HEADINGS:
+        table.add_column(Text(heading, style="bold"), no_wrap=True)
+    for of in cells:
+        table.add_row(*map(Text, of))
+    return table
 
 
 def to_text(results: Results, width: int = 120) -> str:

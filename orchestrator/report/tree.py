@@ -205,6 +205,29 @@ class VerdictTable:
 
 
 @dataclass(frozen=True)
+class ImportedRow:
+    """Curves from elsewhere, by one name. Marked wherever it is shown: nothing of it is verified, and no verdict has
+    seen it."""
+
+    name: str
+    num_curves: int
+    seeds: tuple[int, ...]
+    """As the file or the user says; none where nobody does."""
+    split: str
+    """``validation``; ``training`` where the file has no other losses."""
+    loss_nats: float | None
+    """Mean over the curves, each over the sweep's tail of its own steps."""
+    loss_sd_nats: float | None
+    delta_nats: float | None
+    """To the baseline's mean, described and not judged; only of validation losses whose seeds are given."""
+    source: str
+    format: str
+    sha256: str
+    imported_at: str
+    status: str = "imported, unverified"
+
+
+@dataclass(frozen=True)
 class Results:
     """A sweep's answer. ``split`` says which validation loss it is about."""
 
@@ -223,3 +246,5 @@ class Results:
     trials: tuple[TrialResult, ...] = field(repr=False)
     allotments: tuple[Allotment, ...] = ()
     """What looks decided and which trials they gave, oldest first, as the controller noted it."""
+    imported: tuple[ImportedRow, ...] = ()
+    """Curves from elsewhere, which are in no table."""

@@ -17,6 +17,7 @@ from models.run_dir import Record, Summary
 from orchestrator.store import (
     allotted,
     attempts,
+    foreign_curves,
     orphans,
     outcomes,
     query,
@@ -42,6 +43,7 @@ from orchestrator.store.rows import (
     EventRow,
     FailedRow,
     FinishedIsFinal,
+    Imported,
     LayerRow,
     Lease,
     Outcome,
@@ -395,6 +397,18 @@ class Store:
     def tails(self, sweep_id: int, tail: float) -> list[TailRow]:
         """Of every complete trial, a row a split: the mean over the last ``tail`` (0 to 1) of the schedule."""
         return self._read(reader.tails, sweep_id, tail)
+
+    def imported(self, sweep_id: int) -> list[Imported]:
+        """Curves from elsewhere that were put beside the sweep, oldest first."""
+        return self._read(foreign_curves.imported, sweep_id)
+
+    def put_imported(self, sweep: SweepRow, given: Imported) -> None:
+        """Whole or not at all; UserError when its name is taken."""
+        self._write(foreign_curves.put, sweep, given)
+
+    def remove_imported(self, sweep: SweepRow, name: str) -> int:
+        """How many curves went; UserError when there are none."""
+        return self._write(foreign_curves.remove, sweep, name)
 
     def set_mlflow_run(self, sweep_id: int, fingerprint: str | None, run_id: str | None) -> None:
         """The sweep's parent run when ``fingerprint`` is None, else the trial's run in this sweep."""

@@ -320,6 +320,40 @@ class Allotment:
 
 
 @dataclass(frozen=True, slots=True)
+class ImportedPoint:
+    """A loss that another program wrote."""
+
+    split: str
+    """``training`` or ``validation``, by the file's own word."""
+    step: int
+    loss_nats: float | None
+    """None where it is not finite. That it is in nats a token is the user's word."""
+    tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ImportedCurve:
+    seed: int | None
+    """None: the file does not tell."""
+    points: tuple[ImportedPoint, ...]
+    """By split and step."""
+
+
+@dataclass(frozen=True, slots=True)
+class Imported:
+    """Curves from one file, under the name that the user gave them."""
+
+    name: str
+    source: str
+    """The file."""
+    format: str
+    sha256: str
+    """Of the file's bytes."""
+    imported_at: datetime
+    curves: tuple[ImportedCurve, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class EventRow:
     """Something worth telling that is not a number."""
 

@@ -35,7 +35,7 @@ from models.redaction import redacted, redacted_content
 VERSION_TABLE = "gatesweep_version"
 """Not ``alembic_version``: Optuna and MLflow use that name, and may share the database."""
 
-REVISIONS = ("0001", "0002", "0003", "0004", "0005", "0006", "0007")
+REVISIONS = ("0001", "0002", "0003", "0004", "0005", "0006", "0007", "0008")
 """Every schema version this code knows, oldest first. A database at another one was made by newer code."""
 
 WAITING, RUNNING, COMPLETE, PRUNED, DIVERGED, FAILED, CANCELED = STATES = (
@@ -281,6 +281,32 @@ rank_decision = Table(
     Column("audited", JSON, nullable=False),
     Column("formula", String(40), nullable=False),
     Index("ix_rank_decision_sweep_id", "sweep_id"),
+)
+
+imported_curve = Table(
+    "imported_curve",
+    metadata,
+    Column("id", RowId, primary_key=True),
+    Column("sweep_id", RowId, ForeignKey("sweep.id"), nullable=False),
+    Column("name", String(200), nullable=False),
+    Column("number", Integer, nullable=False),  # within its name, in the order of the file
+    Column("seed", BigInteger),
+    Column("source", Redacted, nullable=False),
+    Column("format", String(20), nullable=False),
+    Column("sha256", String(64), nullable=False),  # of the file
+    Column("imported_at", UtcDateTime, nullable=False),
+    UniqueConstraint("sweep_id", "name", "number"),
+)
+
+imported_point = Table(
+    "imported_point",
+    metadata,
+    Column("curve_id", RowId, ForeignKey("imported_curve.id"), primary_key=True, autoincrement=False),
+    Column("split", String(20), primary_key=True),
+    Column("step", BigInteger, primary_key=True, autoincrement=False),
+    Column("tokens", BigInteger),
+    Column("loss_nats", Float(53)),
+    sqlite_with_rowid=False,
 )
 
 event = Table(

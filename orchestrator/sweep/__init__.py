@@ -6,7 +6,7 @@ What is wrong with a file, its data or an override comes out as one UserError th
 from orchestrator.sweep.budget import BUDGETS, BudgetConfig, check_extension, limits, refuse_extensions
 from orchestrator.sweep.caps import check_cap
 from orchestrator.sweep.document import DocumentPath, Places, Problems, UserError
-from orchestrator.sweep.fields import KnownField, check_value, config_fields
+from orchestrator.sweep.fields import KnownField, check_value, config_fields, known_field
 from orchestrator.sweep.look_seeds import LookSeeds, look_seeds, seeds_of_looks
 from orchestrator.sweep.notices import NOTICE_KINDS, NoticeKind, NoticesConfig, WaveConfig, check_https
 from orchestrator.sweep.parsing import load, parse
@@ -15,6 +15,7 @@ from orchestrator.sweep.rates import ExtendedRates, GrowingRates, SearchedRates,
 from orchestrator.sweep.resources import WARM_BELOW_SECONDS, Placement, ResourcesConfig
 from orchestrator.sweep.settings import (
     AllocateConfig,
+    ArmName,
     CheckpointConfig,
     CountsAs,
     Derived,
@@ -31,6 +32,7 @@ __all__ = [
     "NOTICE_KINDS",
     "WARM_BELOW_SECONDS",
     "AllocateConfig",
+    "ArmName",
     "BudgetConfig",
     "CheckpointConfig",
     "CountsAs",
@@ -63,6 +65,7 @@ __all__ = [
     "check_value",
     "compile_pattern",
     "config_fields",
+    "known_field",
     "limits",
     "load",
     "look_seeds",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
@@ -21,7 +21,7 @@ from orchestrator.report.plots import (
 )
 from orchestrator.report.results import results
 from orchestrator.report.tree import Results, VerdictTable
-from orchestrator.store import RankDecision
+from orchestrator.store import Imported, RankDecision
 
 if TYPE_CHECKING:
     from orchestrator.store import Store
@@ -62,10 +62,11 @@ def gathered(store: Store, sweep_name: str) -> Material:
     tables = mechanism_behind(store, answer).tables
     pairs = list(zip(answer.tables, tables, strict=True))
     sweep = store.sweep(sweep_name)
+    foreign = store.imported(sweep.id)
     return Material(
         results=answer,
         comparisons=tuple(
-            _comparison(store, answer, table, inside, "" if len(pairs) == 1 else f"-{number}")
+            _comparison(store, answer, table, inside, "" if len(pairs) == 1 else f"-{number}", foreign)
             for number, (table, inside) in enumerate(pairs, start=1)
         ),
         decisions=tuple(store.rank_decisions(sweep.id)),
@@ -75,9 +76,14 @@ def gathered(store: Store, sweep_name: str) -> Material:
 
 
 def _comparison(
-    store: Store, answer: Results, table: VerdictTable, mechanism: MechanismTable, suffix: str
+    store: Store,
+    answer: Results,
+    table: VerdictTable,
+    mechanism: MechanismTable,
+    suffix: str,
+    foreign: Sequence[Imported],
 ) -> Comparison:
-    """``suffix``: what tells the files of several tables apart."""
+    """``suffix``: what tells the files of several tables apart. ``foreign``: curves from elsewhere, drawn beside."""
     order = [row.arm for row in table.rows]
     behind = {row.arm: row.trials_best for row in table.rows}
     curves = [ArmCurves(arm, tuple(store.curve(one) for one in trials)) for arm, trials in behind.items() if trials]
@@ -87,7 +93,7 @@ def _comparison(
     drawn = (
         effects_picture(f"effects{suffix}", table.rows, answer.baseline, answer.margin_nats),
         rates_picture(f"learning-rates{suffix}", table.rows),
-        curves_picture(f"loss-curves{suffix}", curves, answer.baseline, order),
+        curves_picture(f"loss-curves{suffix}", curves, answer.baseline, order, foreign),
     )
     inside = inside_picture(f"inside{suffix}", probes, order)
     return Comparison(

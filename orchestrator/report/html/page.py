@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from orchestrator.report.figures import NOTHING, axes_text, loss_text, lr_text, plural, states_text
 from orchestrator.report.formats import MEANS_VERSION
 from orchestrator.report.html.material import Comparison, Material
+from orchestrator.report.imported import IMPORTED_HEADINGS, IMPORTED_NOTE, imported_cells
 from orchestrator.report.mechanism import FORMULA_VERSION as MECHANISM_VERSION
 from orchestrator.report.mechanism_formats import MECHANISM_HEADINGS, mechanism_cells
 from orchestrator.report.pruning import audit_in_words
@@ -48,6 +49,9 @@ def rendered(material: Material) -> str:
         decision_headings=DECISION_HEADINGS,
         decisions=[_decision_cells(one) for one in material.decisions],
         origins=material.origins,
+        imported_headings=IMPORTED_HEADINGS,
+        imported=[{"cells": imported_cells(row), "is_baseline": False} for row in answer.imported],
+        imported_note=IMPORTED_NOTE,
         formulas=", ".join((MEANS_VERSION, RATE_VERSION, OPTIMUM_VERSION, VERDICT_VERSION, MECHANISM_VERSION)),
     )  # fmt: skip
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.report.plots.picture import ArmStyle, Picture, arm_styles, drawing, finish, legend_height
-from orchestrator.store import Curve
+from orchestrator.store import Curve, Imported
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,28 +32,39 @@ class ArmCurves:
     curves: tuple[Curve, ...]
 
 
-def curves_picture(name: str, arms: Sequence[ArmCurves], baseline: str, order: Sequence[str]) -> Picture | None:
-    """``order``: all arms of the table, whose looks are the same in every picture. None without any curve."""
+def curves_picture(
+    name: str, arms: Sequence[ArmCurves], baseline: str, order: Sequence[str], foreign: Sequence[Imported] = ()
+) -> Picture | None:
+    """``order``: all arms of the table, whose looks are the same in every picture. None without any curve.
+
+    ``foreign``: curves from elsewhere, thin and grey, each over its own steps."""
     drawn = [one for one in arms if any(curve.steps for curve in one.curves)]
     if not drawn:
         return None
     styles = arm_styles(order)
     reference = _validations(next((one for one in drawn if one.arm == baseline), None))
     others = [one for one in drawn if one.arm != baseline and reference]
-    with drawing(max(6.6 if others else 4.0, legend_height(len(drawn)))) as figure:
+    with drawing(max(6.6 if others else 4.0, legend_height(len(drawn) + len(foreign)))) as figure:
         grid = figure.subplots(
             2 if others else 1, 1, sharex=True, squeeze=False, height_ratios=[3, 2][: 1 + bool(others)]
         )
         top: Axes = grid[0, 0]
         _losses(top, drawn, styles)
+        _foreign(top, foreign)
         if others:
             _differences(grid[1, 0], others, reference, styles)
         grid[-1, 0].set(xlabel="share of the schedule, %", xlim=(0, 101))
         figure.legend(*top.get_legend_handles_labels(), loc="outside right upper")
-        return finish(figure, name, "Loss over training", _caption(len(others) > 0, baseline))
+        return finish(figure, name, "Loss over training", _caption(len(others) > 0, baseline, bool(foreign)))
 
 
-def _caption(has_differences: bool, baseline: str) -> str:
+def _caption(has_differences: bool, baseline: str, has_foreign: bool) -> str:
+    imported = (
+        " Grey: imported and unverified, each over its own steps; validation losses, or training losses where a file "
+        "has no others."
+        if has_foreign
+        else ""
+    )
     below = (
         f" Below: validation loss less the mean of {baseline} at the same share of the schedule; under the line is "
         "better."
@@ -64,6 +75,7 @@ def _caption(has_differences: bool, baseline: str) -> str:
         f"Training loss at each arm's best learning rate, averaged over {NUM_BINS} equal parts of the schedule; line: "
         "mean over seeds, band: from the lowest to the highest seed, markers: mean validation loss on the slice."
         + below
+        + imported
     )
 
 
@@ -95,6 +107,20 @@ def _losses(axes: Axes, arms: Sequence[ArmCurves], styles: dict[str, ArmStyle]) 
         pad = 0.06 * (high - low) or 0.1
         axes.set_ylim(low - pad, high + pad)
     axes.set(ylabel="loss, nats a token")
+
+
+def _foreign(axes: Axes, foreign: Sequence[Imported]) -> None:
+    """They may lie outside of what the sweep's own curves show."""
+    for number, one in enumerate(foreign):
+        for index, curve in enumerate(one.curves):
+            last = max(point.step for point in curve.points) or 1
+            split = "validation" if any(point.split == "validation" for point in curve.points) else "training"
+            points = [(p.step, p.loss_nats) for p in curve.points if p.split == split and p.loss_nats is not None]
+            axes.plot(
+                [100 * step / last for step, _ in points], [loss for _, loss in points],
+                color="0.45", linewidth=1, linestyle=("--", ":", "-.")[number % 3],
+                label=f"{one.name} (imported, unverified)" if index == 0 else None,
+            )  # fmt: skip
 
 
 def _binned(curve: Curve) -> Floats:
