@@ -48,5 +48,14 @@ def test_ours_keeps_one_rate_of_each_arm_with_all_its_seeds(grid: prune.Grid) ->
             assert whole
 
 
+def test_drawn_grids_are_as_large_as_the_recorded_one_and_drawn_once_for_all(grid: prune.Grid) -> None:
+    drawn = prune.drawn_grid(0)
+    assert (len(drawn.trials), len(drawn.arms), drawn.seeds) == (len(grid.trials), len(grid.arms), grid.seeds)
+    assert drawn == prune.drawn_grid(0)
+    assert drawn != prune.drawn_grid(1)
+    assert all(trial.losses[0] > trial.losses[-1] for trial in drawn.trials)
+    assert 0.01 < drawn.sd < 0.15
+
+
 def _is_whole(state: prune.State, arm: str, lr: float) -> bool:
     return all(state.parts(trial) == prune.PARTS for trial in state.grid.trials if trial.cell == (arm, lr))

@@ -1,13 +1,16 @@
-"""How much of a grid must be trained to know its winner, and its verdicts: four policies on one recorded grid.
+"""How much of a grid must be trained to know its winner, and its verdicts: policies on a recorded grid, and on drawn
+ones.
 
-    python tests/bench/prune.py [--orders 200] [--grid tests/bench/data/ablation.json.gz]
+    python tests/bench/prune.py [--orders 200] [--drawn 48] [--grid tests/bench/data/ablation.json.gz]
 
 The grid's curves are replayed, an eighth of the schedule at a time, in seeded orders that keep the blocks
 of seeds (also which seed is the first): the same orders for all policies. Nothing is trained, and compute is the share
-of the grid's optimizer steps. It is one data set of one size: what holds here need not hold elsewhere.
+of the grid's optimizer steps. The recorded grid is one data set of one size, so policies are held against drawn grids,
+too (``drawn_grid``), each in one order: what is better on one alone is tuned to it.
 
-* *ours*: ``prune: {rank: {}}`` with its defaults, by the product's own ``RankPolicy``; audited rates are begun last.
-  Beside it the same with its first rung at an eighth of the schedule: ``first_fraction: 0.125``.
+* *ours*: ``prune: {rank: {}}`` by the product's own ``RankPolicy``, with the first rung at a quarter or at an eighth of
+  the schedule (``first_fraction``), and with the first seed or all three ranking at every rung (``seeds: 3``); audited
+  rates are begun last.
 * *Optuna SHA*, *Optuna Hyperband*, on two slots as the next: ``SuccessiveHalvingPruner`` and ``HyperbandPruner`` with
   their defaults, one study of all trials, the resource counted in eighths.
 * *Ray Tune ASHA*: ``ASHAScheduler`` with its defaults and ``max_t=8``.
@@ -36,6 +39,7 @@ from statistics import fmean, median, variance
 from typing import Any
 
 from orchestrator.scaling import RankedTrial, RankPolicy
+from orchestrator.store import RankDecision
 from orchestrator.sweep import RankConfig
 from orchestrator.verdict import Sample, compare
 
@@ -164,14 +168,23 @@ def no_pruning(state: State) -> Iterator[None]:
 def ours(state: State, config: RankConfig | None = None) -> Iterator[None]:
     config = config or RankConfig()
     seeds = tuple(dict.fromkeys(trial.seed for trial in state.order))
-    policy, decided = RankPolicy(config, seeds), []
+    policy, decided = RankPolicy(config, seeds), list[RankDecision]()
     rungs = [round(rung * PARTS) for rung in config.rungs]
     places = {trial.number: place for place, trial in enumerate(state.order)}
+    goals: dict[int, int] = {}
+
+    def judge(arm: str) -> None:
+        """Arms are never compared, so a trial changes the goals of its own arm alone."""
+        ranked = [_ranked(state, trial, rungs) for trial in state.order if trial.arm == arm]
+        ours = [one for one in decided if one.arm == arm]
+        while new := policy.decide(ranked, ours):
+            decided.extend(new)
+            ours += new
+        goals.update({int(name): round(PARTS * (goal or 0.0)) for name, goal in policy.goals(ranked, ours).items()})
+
+    for arm in state.grid.arms:
+        judge(arm)
     while True:
-        ranked = [_ranked(state, trial, rungs) for trial in state.order]
-        while new := policy.decide(ranked, decided):
-            decided += new
-        goals = {int(name): round(PARTS * (goal or 0.0)) for name, goal in policy.goals(ranked, decided).items()}
         audited = {(one.arm, lr) for one in decided for lr in one.audited}
         open_ones = [trial for trial in state.order if state.parts(trial) < goals[trial.number]]
         if not open_ones:
@@ -181,6 +194,7 @@ def ours(state: State, config: RankConfig | None = None) -> Iterator[None]:
         while state.parts(trial) < goals[trial.number]:
             state.done[trial.number] = state.parts(trial) + 1
             yield
+        judge(trial.arm)
 
 
 def _ranked(state: State, trial: Trial, rungs: Sequence[int]) -> RankedTrial:
@@ -241,13 +255,40 @@ def policies() -> dict[str, Policy]:
     from optuna.pruners import HyperbandPruner, SuccessiveHalvingPruner
 
     return {
-        "ours": ours,
+        "ours, from 1/4": partial(ours, config=RankConfig(first_fraction=0.25)),
         "ours, from 1/8": partial(ours, config=RankConfig(first_fraction=0.125)),
+        "ours, from 1/4, 3 seeds": partial(ours, config=RankConfig(first_fraction=0.25, seeds=(3,))),
+        "ours, from 1/8, 3 seeds": partial(ours, config=RankConfig(first_fraction=0.125, seeds=(3,))),
         "Optuna SHA": optuna_pruner(SuccessiveHalvingPruner),
         "Optuna Hyperband": optuna_pruner(lambda: HyperbandPruner(max_resource=PARTS)),
         "Ray Tune ASHA": ray_asha,
         "no pruning": no_pruning,
     }
+
+
+DRAWN_RATES = (2e-3, 5e-3, 1.2e-2, 3e-2)
+
+
+def drawn_grid(draw: int, num_arms: int = 8, num_seeds: int = 3, sd: float = 0.04) -> Grid:
+    """Curves out of a model, not of trials. Each arm has a parabola in log2 LR, whose optimum lies in the grid or just
+    outside and moves down while the schedule runs; a seed's noise grows with the distance from it, and wanders."""
+    rng = random.Random(f"grid {draw}")
+    log_rates = [math.log2(lr) for lr in DRAWN_RATES]
+    trials: list[Trial] = []
+    for arm in ("baseline", *(f"arm{number}" for number in range(1, num_arms))):
+        best = rng.uniform(log_rates[0] - 0.7, log_rates[-1] - 0.7)
+        early, width, floor = best + rng.gauss(0.3, 0.5), rng.uniform(0.015, 0.05), 2.1 + rng.gauss(0.0, 0.03)
+        for lr, log_lr in zip(DRAWN_RATES, log_rates, strict=True):
+            for seed in range(1, num_seeds + 1):
+                end, wander, losses = rng.gauss(0.0, sd * (1.0 + abs(log_lr - best))), 0.0, []
+                for part in range(PARTS, 0, -1):
+                    left = 1.0 - part / PARTS
+                    optimum = best + (early - best) * left
+                    curve = floor + 0.9 * left**1.5 + width * (log_lr - optimum) ** 2 * (1.0 + 0.5 * left)
+                    losses.append(curve + end * (1.0 - 0.6 * left) + wander * left)
+                    wander += rng.gauss(0.0, sd / 4.0)
+                trials.append(Trial(len(trials), arm, lr, seed, tuple(reversed(losses))))
+    return Grid(tuple(trials), "baseline", 0.01, tuple(range(1, num_seeds + 1)))
 
 
 def orders(grid: Grid, number: int) -> Iterator[list[Trial]]:
@@ -293,14 +334,24 @@ def _quantile(values: Sequence[float], share: float) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--orders", type=int, default=200)
+    parser.add_argument("--drawn", type=int, default=48, help="how many grids are drawn; 0: none")
     parser.add_argument("--grid", type=Path, default=GRID)
     asked = parser.parse_args()
     grid = Grid.read(asked.grid)
-    print(f"{asked.grid.name}: {len(grid.trials)} trials, seed SD {grid.sd:.4f} nats; {asked.orders} orders")
     print("regret in seed SDs: 95th percentile, share below 1; verdicts kept: mean, share of orders with all")
-    print(f"{'policy':18} {'compute':>8}  " + "  ".join(f"{f'at {budget:.0%}':>24}" for budget in BUDGETS))
+    print(f"{asked.grid.name}: {len(grid.trials)} trials, seed SD {grid.sd:.4f} nats; {asked.orders} orders")
+    show([(grid, order) for order in orders(grid, asked.orders)])
+    if asked.drawn:
+        print(f"drawn grids: {asked.drawn} of as many trials, one order each")
+        drawn = [drawn_grid(draw) for draw in range(asked.drawn)]
+        show([(one, order) for draw, one in enumerate(drawn) for order in list(orders(one, draw % 6 + 1))[-1:]])
+
+
+def show(cases: Sequence[tuple[Grid, list[Trial]]]) -> None:
+    """A row a policy."""
+    print(f"{'policy':24} {'compute':>8}  " + "  ".join(f"{f'at {budget:.0%}':>24}" for budget in BUDGETS))
     for name, policy in policies().items():
-        runs = [replay(grid, order, policy) for order in orders(grid, asked.orders)]
+        runs = [replay(grid, order, policy) for grid, order in cases]
         columns = []
         for index in range(len(BUDGETS)):
             found = [answers[index] for answers, _ in runs]
@@ -309,7 +360,7 @@ def main() -> None:
             columns.append(
                 f"{_quantile(regrets, 0.95):5.2f} {below:4.0%}; {fmean(kept):4.0%} {all_kept:4.0%}".rjust(24)
             )
-        print(f"{name:18} {median(compute for _, compute in runs):8.0%}  " + "  ".join(columns), flush=True)
+        print(f"{name:24} {median(compute for _, compute in runs):8.0%}  " + "  ".join(columns), flush=True)
 
 
 if __name__ == "__main__":
