@@ -353,3 +353,16 @@ def test_two_tensor_parallel_ranks_train_as_one_and_end_as_one(
         assert end.error is not None
         assert f"process {pair.members[1]['pid']} of a rank" in end.error
     assert pair.state is GangState.DEAD
+
+
+def test_rooms_are_the_last_known_ones_and_ray_is_not_asked_while_its_head_is_away(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+):
+    known = cluster.rooms()
+    monkeypatch.setattr(cluster, "is_reachable", lambda: False)
+    monkeypatch.setattr("ray.nodes", lambda: pytest.fail("it would wait for the head"))
+    assert known
+    assert cluster.rooms() == known
+    assert cluster.answering() is None
+    monkeypatch.undo()
+    assert cluster.answering() == cluster.identity

@@ -66,7 +66,7 @@ class Cluster:
         _hush()
         self.outlives_driver = address is not None
         """A local Ray dies with its driver, kill -9 included, and its gangs with it."""
-        self._head = _head_address()
+        self._head, self._rooms = _head_address(), list[NodeRoom]()
         self._driver_hash = source_hash()
 
     def __enter__(self) -> Self:
@@ -85,14 +85,20 @@ class Cluster:
         return str(ray.get_runtime_context().get_session_name())
 
     def rooms(self) -> list[NodeRoom]:
-        """The living nodes with what is free of them, whoever holds the rest. Some tenths of a second old."""
+        """The living nodes with what is free of them, whoever holds the rest. Some tenths of a second old.
+
+        Without a head, as they were last: Ray's own call would wait, and end this process when another head answers.
+        """
+        if self._rooms and not self.is_reachable():
+            return self._rooms
         state: Any = importlib.import_module("ray._private.state")
         available = state.available_resources_per_node()
-        return [
+        self._rooms = [
             NodeRoom(node["NodeID"], units(node["Resources"]), units(available.get(node["NodeID"], node["Resources"])))
             for node in ray.nodes()
             if node["Alive"]
         ]
+        return self._rooms
 
     def start_gang(
         self, shape: GangShape, num_threads: int, nodes: Sequence[str] = (), lease: GangLease | None = None
