@@ -152,29 +152,44 @@ def test_a_calm_run_ends_well_and_the_high_rate_diverges(undisturbed: dict[str, 
     assert diverges.curve[-1][0] == diverges.end_step < 200
 
 
-def test_a_rank_killed_in_the_middle_costs_an_attempt_and_no_bit(
-    home: Home, cluster: Cluster, undisturbed: dict[str, Result]
+def test_a_rank_preempted_then_frozen_then_killed_costs_three_attempts_and_no_bit(
+    tmp_path: Path, cluster: Cluster, undisturbed: dict[str, Result], monkeypatch: pytest.MonkeyPatch
 ):
-    watcher = Watcher()
+    """SIGTERM, SIGSTOP and SIGKILL, one after the other, each in the middle of another attempt."""
+    monkeypatch.setattr("orchestrator.gang.gangs.STACKS_SECONDS", 0.1)
+    home, watcher = Home(tmp_path, overrides=["retry={hang_seconds: 5, hang_steps: 1, backoff_seconds: 0}"]), Watcher()
+    strikes = [(50, signal.SIGTERM), (90, signal.SIGSTOP), (130, signal.SIGKILL)]
     with home.controller(OneGang(cluster), watcher) as controller:
 
-        def kill() -> None:
-            (attempt,) = controller.running
-            os.kill(attempt.gang.members[0]["pid"], signal.SIGKILL)
+        def strike_next() -> None:
+            if strikes:
+                step, number = strikes.pop(0)
+                watcher.on_tick = when_it_has_done(step, lambda: strike(number))
 
-        watcher.on_tick = when_it_has_done(50, kill)
+        def strike(number: signal.Signals) -> None:
+            (attempt,) = controller.running
+            os.kill(attempt.gang.members[0]["pid"], number)
+            strike_next()
+
+        strike_next()
         controller.run()
     row = home.trial(LEARNS)
-    first, second = home.store.attempts(row.fingerprint)
-    assert (row.state, row.num_attempts, first.cause) == ("COMPLETE", 2, "rank_died")
-    assert 20 <= second.resume_step < 200  # the one of step 40 may have been in the writing
-    assert second.resumed_from == 1
-    assert "models.trainer" in (first.log_tail or "")
+    attempts = home.store.attempts(row.fingerprint)
+    preempted, hung, killed = (next(one for one in attempts if one.cause == cause) for cause in STRUCK)
+    after = dict(enumerate(attempts))  # by the number of the one before: numbers begin with 1
+    assert row.state == "COMPLETE"
+    assert {one.cause for one in attempts} == {*STRUCK, "complete"}
+    assert after[preempted.number].resume_step == preempted.end_step
+    assert after[hung.number].resume_step >= 60
+    assert 100 <= after[killed.number].resume_step < 200  # the one of step 120 may have been in the writing
+    assert "models.trainer" in (killed.log_tail or "")
     assert home.result(LEARNS) == undisturbed[LEARNS]
     # Also where and why the other one diverged is the same in a second home.
     assert home.result(DIVERGES) == undisturbed[DIVERGES]
+    home.store.close()
 
 
+STRUCK = ("preempted", "hang", "rank_died")
 STAGES = (
     "resources.layout.pipeline=2",
     "resources.micro_batch_sequences=2",
@@ -255,43 +270,6 @@ def is_running(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
-
-
-def test_a_preempted_rank_checkpoints_and_its_trial_goes_on_from_there(
-    home: Home, cluster: Cluster, undisturbed: dict[str, Result]
-):
-    watcher = Watcher()
-    with home.controller(OneGang(cluster), watcher) as controller:
-
-        def preempt() -> None:
-            (attempt,) = controller.running
-            os.kill(attempt.gang.members[0]["pid"], signal.SIGTERM)
-
-        watcher.on_tick = when_it_has_done(50, preempt)
-        controller.run()
-    first, second = home.store.attempts(home.trial(LEARNS).fingerprint)
-    assert (first.cause, second.resume_step) == ("preempted", first.end_step)
-    assert home.result(LEARNS) == undisturbed[LEARNS]
-
-
-def test_a_rank_that_stands_still_is_killed_and_its_trial_goes_on(
-    tmp_path: Path, cluster: Cluster, undisturbed: dict[str, Result], monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr("orchestrator.gang.gangs.STACKS_SECONDS", 0.1)
-    home, watcher = Home(tmp_path, overrides=["retry={hang_seconds: 3, hang_steps: 1}"]), Watcher()
-    with home.controller(OneGang(cluster), watcher) as controller:
-
-        def freeze() -> None:
-            (attempt,) = controller.running
-            os.kill(attempt.gang.members[0]["pid"], signal.SIGSTOP)
-
-        watcher.on_tick = when_it_has_done(50, freeze)
-        controller.run()
-    first, second = home.store.attempts(home.trial(LEARNS).fingerprint)
-    assert first.cause == "hang"
-    assert second.resume_step >= 20
-    assert home.result(LEARNS) == undisturbed[LEARNS]
-    home.store.close()
 
 
 def test_a_file_that_changed_after_planning_fails_its_own_trial_and_a_rerun_mends_it(tmp_path: Path, cluster: Cluster):
