@@ -1,6 +1,6 @@
 """Several Ray nodes on this machine, the command as a child process: it is killed, a node is, and no number changes.
 
-The first test is for every day; the others take about two minutes and run by ``make test-cluster``.
+They take about three minutes and run by ``make test-cluster``; for every day there is tests/chaos.
 """
 
 from __future__ import annotations
@@ -21,6 +21,11 @@ from test_recovery import LEARNS, Home, finish, gatesweep, shorten_lease, until_
 
 from models import run_dir
 from orchestrator.controller.resume import attempt_dir
+
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.skipif("GATESWEEP_CLUSTER_TESTS" not in os.environ, reason="takes minutes: make test-cluster"),
+]
 
 SWEEP = """\
 name: tiny
@@ -51,17 +56,6 @@ print(len(ray.util.list_named_actors()), sum(state != "REMOVED" for state in gro
 
 NODE_STARTS_ALLOWED_TO_FAIL = 5
 """Ray gives a node 30 seconds to start, which a busy machine may need."""
-
-LONG_FORM = [
-    pytest.mark.cluster,
-    pytest.mark.skipif("GATESWEEP_CLUSTER_TESTS" not in os.environ, reason="takes minutes: make test-cluster"),
-]
-
-
-def long_form(test: Any) -> Any:
-    for mark in LONG_FORM:
-        test = mark(test)
-    return test
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +125,6 @@ def test_a_gang_on_two_nodes_outlives_its_killed_controller_and_is_adopted(
     home.store.close()
 
 
-@long_form
 def test_a_gang_that_nobody_adopts_checkpoints_and_goes_away_with_all_it_held(
     nodes: RayNodes, tmp_path: Path, calm_stages: Any
 ):
@@ -152,7 +145,6 @@ def test_a_gang_that_nobody_adopts_checkpoints_and_goes_away_with_all_it_held(
     home.store.close()
 
 
-@long_form
 def test_a_node_that_is_killed_in_the_middle_costs_its_trial_an_attempt_and_no_bit(
     nodes: RayNodes, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ):

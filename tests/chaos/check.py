@@ -42,7 +42,10 @@ def causes_of(store: Store) -> Counter[str]:
 
 
 def check(world: World, run: Run, store: Store, undisturbed: dict[str, Result]) -> None:
-    """Every trial in a final state, none lost or doubled, the same numbers, and nothing left behind."""
+    """Every trial in a final state, none lost or doubled, the same numbers, and nothing left behind.
+
+    That the numbers are the same says, too, that nobody has read what gangs wrote when they had been given up.
+    """
     sweep = store.sweep("chaos")
     rows = store.trials(sweep.id)
     assert sorted(row.fingerprint for row in rows) == sorted(undisturbed)
@@ -59,6 +62,7 @@ def check(world: World, run: Run, store: Store, undisturbed: dict[str, Result]) 
     found = results(store)
     for fingerprint, expected in undisturbed.items():
         assert found[fingerprint] == expected, _first_difference(found[fingerprint], expected)
+    assert all(path.read_bytes().endswith(written) for path, written in run.late.items())
     assert store.lease_holder(sweep.id) is None
     assert list((run.home / FOLDER).iterdir()) == []
     wait_for(lambda: not any(node.named("ray::_Rank") for node in world.nodes), "the last ranks' end")

@@ -12,12 +12,15 @@ import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from world import Rank, Run, World, send
 
 from models import run_dir
+from models.run_dir import StepRecord
 from orchestrator.store import Store
 
+NO_LOSS = 1e9
 STEPS_BETWEEN = (5, 25)
 """Optimizer steps between the end of a fault and the next one, at least and at most."""
 
@@ -94,6 +97,20 @@ def node_killed(scene: Scene, ranks: list[Rank]) -> Iterator[None]:
     yield
 
 
+def head_restarted(scene: Scene, ranks: list[Rank]) -> Iterator[None]:
+    """Ray's head, which without a database of its own comes back knowing nothing, at the same address: at once, or when
+    the controller has given it up."""
+    world, is_long = scene.world, scene.draw.random() < 0.5
+    world.kill_head()
+    yield from scene.until_trained()
+    while is_long and world.controller is not None and not world.controller.is_dead:
+        yield
+    scene.notes["heads away until given up" if is_long else "heads back at once"] += 1
+    world.is_head_wanted = True
+    while not world.is_whole() and not scene.is_over():
+        yield
+
+
 def tracker_stopped(scene: Scene, ranks: list[Rank]) -> Iterator[None]:
     world = scene.world
     assert world.tracker is not None
@@ -128,28 +145,47 @@ def checkpoint_torn(scene: Scene, ranks: list[Rank]) -> Iterator[None]:
 
 
 def orphan_writes(scene: Scene, ranks: list[Rank]) -> Iterator[None]:
-    """A gang is cut off: its node answers nobody. When it has been given up it goes on, and writes."""
-    node = scene.draw.choice(ranks).node
-    cut = [one for one in ranks if one.node is node]
-    raylets = node.named("raylet")
+    """A gang is cut off: its node answers nobody. When it has been given up it goes on, and writes. In the end it is
+    made to have written more, of steps that its successor trains: numbers that nobody could mistake for that one's."""
+    node = scene.draw.choice([one for one in ranks if one.number == 0]).node
+    cut, raylets = [one for one in ranks if one.node is node], node.named("raylet")
     for one in [*(rank.process for rank in cut), *raylets]:
         send(one, signal.SIGSTOP)
-    gangs = [[one for one in cut if one.attempt_dir == folder] for folder in {one.attempt_dir for one in cut}]
-    while not all(scene.has_ended(gang) for gang in gangs) and not scene.is_over():
+    writers = [one for one in cut if one.number == 0]  # the others write next to nothing
+    while not all(scene.has_ended([one]) for one in writers) and not scene.is_over():
         yield
-    written = sum(_bytes_written(gang) for gang in gangs)
+    written = sum(_bytes_in(one.attempt_dir) for one in writers)
     for rank in cut:
         send(rank.process, signal.SIGCONT)
-    while {one.attempt_dir for one in cut} & {one.attempt_dir for one in scene.world.ranks() if one.node is node}:
+    while {one.process for one in writers} & {one.process for one in scene.world.ranks()}:
         yield
-    scene.notes["bytes written by orphans"] += sum(_bytes_written(gang) for gang in gangs) - written
+    scene.notes["bytes written by orphans"] += sum(_bytes_in(one.attempt_dir) for one in writers) - written
     for raylet in raylets:
         send(raylet, signal.SIGKILL)
+    for one in writers:
+        if scene.has_ended([one]):
+            scene.run.late[run_dir.metrics_path(one.attempt_dir)] = _write_late(one.attempt_dir)
 
 
-def _bytes_written(gang: list[Rank]) -> int:
-    path = run_dir.metrics_path(gang[0].attempt_dir)
-    return path.stat().st_size if path.exists() else 0
+def _bytes_in(folder: Path) -> int:
+    return sum(one.stat().st_size for one in [*folder.glob("*"), *folder.glob("checkpoints/step_*/*")])
+
+
+def _write_late(attempt_dir: Path) -> bytes:
+    """A hundred steps after the last one that the attempt has written itself; no checkpoint of it is as late."""
+    records, end = run_dir.read_records(attempt_dir)
+    last = max((record.step for record in records), default=0)
+    more = [
+        StepRecord(
+            step=step, tokens=0, fraction=1.0, lr=0.0, loss_nats=NO_LOSS, gradient_norm=NO_LOSS, tokens_per_second=1.0
+        )
+        for step in range(last + 1, last + 101)
+    ]
+    written = "".join(run_dir.record_line(record) for record in more).encode()
+    with run_dir.metrics_path(attempt_dir).open("ab") as stream:
+        stream.truncate(end)
+        stream.write(written)
+    return written
 
 
 def disk_full(scene: Scene, ranks: list[Rank]) -> Iterator[None]:
@@ -171,6 +207,7 @@ FAULTS: dict[str, Fault] = {
     "node killed": node_killed,
     "orphan writes": orphan_writes,
     "tracker stopped": tracker_stopped,
+    "head restarted": head_restarted,
     "gang killed": gang_killed,
     "disk full": disk_full,
 }

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
@@ -31,6 +31,9 @@ TREE = Path(__file__).parents[2]
 NUM_NODES, CPUS_A_NODE = 2, 2
 HOME_MEGABYTES = 2048
 STARTS = 5
+CLUSTER_LOST = "Once there is a cluster again, the same command goes on from here"
+ENDED_BY_RAY = "WrongClusterID"
+"""Ray's library ends a process that asks something of a head which is gone in that moment and comes back as another."""
 NODE_NAMES = ("node-manager-port", "object-manager-port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port")
 NODE_NAMES += ("runtime-env-agent-port", "metrics-export-port")
 MINIMAL_RAY = """
@@ -143,7 +146,7 @@ class World:
         self.nodes: list[Service] = []
         self.tracker: Service | None = None
         self.controller: Service | None = None
-        self.is_tracker_wanted = True
+        self.is_tracker_wanted = self.is_head_wanted = True
         self.num_controllers = self._num_services = 0
         self._killed: set[int] = set()
         try:
@@ -161,7 +164,7 @@ class World:
         kept = {name: text for name, text in kept.items() if name == "GATESWEEP_KEY_FILE" or "GATESWEEP" not in name}
         health = {f"RAY_health_check_{name}": str(value) for name, value in LOST_AFTER.items()}
         patient = {"RAY_agent_register_timeout_ms": "300000", "RAY_worker_register_timeout_seconds": "300"}
-        patient |= {"RAY_raylet_start_wait_time_s": "60", "RAY_worker_niceness": "0"}  # Ray's own is 15
+        patient |= {"RAY_raylet_start_wait_time_s": "300", "RAY_worker_niceness": "0"}  # Ray's own is 15
         secret = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.folder / "token")}
         own = {"PYTHONPATH": f"{TREE}", "OMP_NUM_THREADS": "1", "RAY_prestart_worker_first_driver": "0"}
         return {**kept, **health, **patient, **secret, **own, **more}
@@ -239,23 +242,41 @@ class World:
         self._killed.add(self.controller.process.pid)
         self.controller.kill()
 
+    def kill_head(self) -> None:
+        """All that the cluster knew is gone with it; it is started again, at the same address, once it is wanted."""
+        self.is_head_wanted = False
+        self.head.kill()
+
     def is_done(self) -> bool:
         """Whether the sweep has ended well by its controller's account."""
         return self.controller is not None and self.controller.process.poll() == 0
 
+    def is_whole(self) -> bool:
+        return all(_is_begun(one) and not one.is_dead for one in (self.head, *self.nodes))
+
     def tend(self) -> None:
-        """Start again what has died. A controller that gave up by itself is a defect."""
-        for place, node in enumerate(self.nodes):
-            others = [one for one in self.nodes if one is not node]
-            # Two that begin at once on one host would take each other's sockets.
-            if node.is_dead and all(_is_begun(one) or one.is_dead for one in others):
-                node.kill()
-                self.nodes[place] = self._start_node()
+        """Start again what has died. A controller that gave up by itself is a defect, unless Ray's head was gone."""
+        if self.is_head_wanted and self.head.is_dead:
+            for one in (self.head, *self.nodes):  # nodes of a head that is gone are none of the next one's
+                one.kill()
+            self.head = self._start_head()
+        self._tend_nodes()
         if self.is_tracker_wanted and self.tracker is not None and self.tracker.is_dead:
             self.tracker = self._start_tracker()
         if self.controller is not None and self.controller.is_dead and not self.is_done():
-            assert self.controller.process.pid in self._killed, self.controller.log.read_text()[-5000:]
-            self._start_controller()
+            said = self.controller.log.read_text()
+            left = self.controller.process.pid in self._killed or CLUSTER_LOST in said or ENDED_BY_RAY in said
+            assert left, said[-5000:]
+            if self.is_whole():  # on less it may be told that the sweep has no room
+                self._start_controller()
+
+    def _tend_nodes(self) -> None:
+        """Two that begin at once on one host would take each other's sockets."""
+        for place, node in enumerate(self.nodes):
+            others = [self.head, *(one for one in self.nodes if one is not node)]
+            if node.is_dead and not self.head.is_dead and all(_is_begun(one) or one.is_dead for one in others):
+                node.kill()
+                self.nodes[place] = self._start_node()
 
     def ranks(self) -> list[Rank]:
         """Those that are at an attempt of the sweep, in a lasting order."""
@@ -288,6 +309,8 @@ class Run:
     sweep_file: Path
     home: Path
     store_url: str
+    late: dict[Path, bytes] = field(default_factory=dict)
+    """What was written by gangs that had been given up, by file: nobody may have read it."""
 
     def steps_done(self) -> int:
         """Optimizer steps of all attempts together, those that were trained again included."""
