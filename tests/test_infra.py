@@ -1,4 +1,4 @@
-"""The files of infra/ as the tools read them that will: kustomize, Kubernetes' schemas, compose, hadolint.
+"""The files of infra/ as the tools read them that will: kustomize, Kubernetes' schemas, compose, hadolint, shellcheck.
 
 What must hold whatever tool there is (no port for strangers, no password in a file) is read off the files themselves.
 """
@@ -48,6 +48,12 @@ def test_no_image_runs_as_root_and_each_says_its_commit():
         assert re.search(r"^USER [1-9]\d*$", stage, re.M)
         assert "org.opencontainers.image.revision=$COMMIT" in stage
         assert "HEALTHCHECK" in stage
+
+
+def test_the_batch_script_is_linted():
+    script = str(INFRA / "slurm" / "gatesweep.sbatch")
+    said_by("bash", "-n", script)
+    said_by(tool("shellcheck"), script)
 
 
 def test_compose_reads_its_file_and_wants_every_secret():
