@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from operator import attrgetter, itemgetter
 
 from orchestrator.report.contrasts import several_things
 from orchestrator.report.figures import lr_text, plural, states_text
@@ -13,6 +14,7 @@ from orchestrator.scaling import Optimum
 from orchestrator.verdict import Comparison, LookSequence, spent
 
 EXPLORATORY_MARK = "*"
+_CELL = attrgetter("lr", "arm")
 
 
 def footnotes(
@@ -172,7 +174,7 @@ def _chance(rows: Sequence[ArmRow]) -> str:
 
 def _diverged(trials: Sequence[TrialResult]) -> str:
     diverged = Counter((trial.lr, trial.arm) for trial in trials if trial.state == "DIVERGED")
-    tried = Counter((trial.lr, trial.arm) for trial in trials)
+    tried = Counter(map(_CELL, trials)) if diverged else Counter()
     rates = sorted({lr for lr, _ in diverged})
     named = [
         f"at LR {lr_text(lr)} "
@@ -190,9 +192,9 @@ def _pruned(rows: Sequence[ArmRow], audited: str) -> str:
 
 
 def _incomplete(rows: Sequence[ArmRow], trials: Sequence[TrialResult]) -> str:
-    named = []
+    named, failed = [], [trial for trial in trials if trial.state == "FAILED"]
     for row in rows:
-        causes = dict.fromkeys(_cause(trial) for trial in trials if trial.arm == row.arm and trial.state == "FAILED")
+        causes = dict.fromkeys(_cause(trial) for trial in failed if trial.arm == row.arm)
         holes = [f"{row.counts['FAILED']} failed ({', '.join(causes)})"] if causes else []
         holes += [f"{row.num_missing} missing"] if row.num_missing else []
         named += [f"{row.arm} {', '.join(holes)}"] if holes else []
@@ -201,13 +203,15 @@ def _incomplete(rows: Sequence[ArmRow], trials: Sequence[TrialResult]) -> str:
 
 def _holes(trials: Sequence[TrialResult]) -> str:
     """Cells in which something failed or was canceled, with all their states: which axis it hangs on shows here."""
-    cells: dict[tuple[float, str], Counter[str]] = {}
-    for trial in trials:
-        cells.setdefault((trial.lr, trial.arm), Counter())[trial.state] += 1
+    cells: dict[tuple[float, str], Counter[str]] = {
+        (trial.lr, trial.arm): Counter() for trial in trials if trial.state in ("FAILED", "CANCELED")
+    }
+    for trial in trials if cells else ():
+        if (cell := (trial.lr, trial.arm)) in cells:
+            cells[cell][trial.state] += 1
     named = [
         f"{arm} at LR {lr_text(lr)} {states_text({state: counts[state] for state in STATES if counts[state]})}"
-        for (lr, arm), counts in sorted(cells.items())
-        if counts["FAILED"] or counts["CANCELED"]
+        for (lr, arm), counts in sorted(cells.items(), key=itemgetter(0))
     ]
     return f"cells with holes: {'; '.join(named)}" if named else ""
 

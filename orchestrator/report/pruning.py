@@ -11,7 +11,9 @@ from orchestrator.scaling import AUDIT_VERSION, EndedTrial, PruningAudit, audit_
 
 def audit(heading: SweepHeading, split: Split, trials: Sequence[TrialResult]) -> PruningAudit | None:
     """Over all tables of the sweep: false prunes are few. Confirming trials were never ranked, and are left out."""
-    hidden = {LR_AXIS, *heading.derived_axes}
+    if not heading.rank_decisions:
+        return None
+    fresh, hidden = heading.fresh_seeds, {LR_AXIS, *heading.derived_axes}
     ended = [
         EndedTrial(
             group=group_key(trial.arm, {name: value for name, value in trial.axes.items() if name not in hidden}),
@@ -22,7 +24,7 @@ def audit(heading: SweepHeading, split: Split, trials: Sequence[TrialResult]) ->
             share_done=trial.share_done,
         )
         for trial in trials
-        if trial.seed not in heading.fresh_seeds
+        if trial.seed not in fresh
     ]
     return audit_pruning(heading.rank_decisions, ended)
 

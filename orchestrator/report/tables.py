@@ -10,10 +10,11 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from statistics import fmean, median
-from typing import Any
+from typing import Any, TypeVar
 
 from orchestrator.report.footnotes import footnotes
 from orchestrator.report.look_words import sequence_of
@@ -40,15 +41,17 @@ from orchestrator.scaling import (
 from orchestrator.store import FINISHED
 from orchestrator.verdict import LookSequence, Sample, Verdict, compare
 
+R = TypeVar("R")
+
 
 def tabulate(heading: SweepHeading, trials: Sequence[TrialResult]) -> Results:
     """The verdict tables of a sweep whose trials stand as ``trials`` say, finished or not."""
     split = _split(trials)
     groups: dict[str, list[TrialResult]] = {}
     axes_of: dict[str, tuple[tuple[str, Any], ...]] = {}
+    place, cell = _of_axes(lambda axes: _place(heading, axes)), _of_axes(lambda axes: _cell(heading, axes))
     for trial in trials:
-        axes = _grouping_axes(heading, trial.axes)
-        key = _key(axes)
+        key, axes = place(trial)
         axes_of[key] = axes
         groups.setdefault(key, []).append(trial)
     pruning = audit(heading, split, trials)
@@ -64,7 +67,7 @@ def tabulate(heading: SweepHeading, trials: Sequence[TrialResult]) -> Results:
         tail=heading.tail,
         split=split,
         counts=_counts(trials),
-        tables=tuple(_table(heading, split, axes_of[key], groups[key], pruned) for key in ordered),
+        tables=tuple(_table(heading, split, axes_of[key], groups[key], cell, pruned) for key in ordered),
         pruning=pruning,
         trials=tuple(trials),
         allotments=heading.allotments,
@@ -77,15 +80,30 @@ def _split(trials: Sequence[TrialResult]) -> Split:
     return "full" if complete and all(trial.full_loss_nats is not None for trial in complete) else "slice"
 
 
-def _grouping_axes(heading: SweepHeading, axes: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+def _of_axes(function: Callable[[Mapping[str, Any]], R]) -> Callable[[TrialResult], R]:
+    """``function`` of a trial's axes, done once for the trials that share them: 10^5 of them have a few hundred."""
+    known: dict[int, tuple[Mapping[str, Any], R]] = {}
+
+    def of(trial: TrialResult) -> R:
+        found = known.get(id(trial.axes))
+        if found is None:  # kept beside its answer, so that no other axes come to its id
+            found = known[id(trial.axes)] = (trial.axes, function(trial.axes))
+        return found[1]
+
+    return of
+
+
+def _place(heading: SweepHeading, axes: Mapping[str, Any]) -> tuple[str, tuple[tuple[str, Any], ...]]:
+    """The table that a trial belongs to: its key, and the axes that it is about."""
     order = {name: index for index, name in enumerate(heading.axis_names)}
     names = [name for name in axes if name != LR_AXIS and name not in heading.derived_axes]
-    return tuple((name, axes[name]) for name in sorted(names, key=lambda name: (order.get(name, len(order)), name)))
+    of_table = tuple((name, axes[name]) for name in sorted(names, key=lambda name: (order.get(name, len(order)), name)))
+    return _key(of_table), of_table
 
 
-def _cell(heading: SweepHeading, trial: TrialResult) -> str:
+def _cell(heading: SweepHeading, axes: Mapping[str, Any]) -> str:
     """What makes a trial's cell the same one in another arm."""
-    return _key({name: value for name, value in trial.axes.items() if name not in heading.derived_axes})
+    return _key({name: value for name, value in axes.items() if name not in heading.derived_axes})
 
 
 def _key(value: object) -> str:
@@ -97,8 +115,11 @@ def _sort_key(value: object) -> tuple[int, float, str]:
 
 
 def _counts(trials: Sequence[TrialResult]) -> dict[str, int]:
-    counted = Counter(trial.state for trial in trials)
-    return {state: counted[state] for state in (*STATES, *sorted(set(counted) - set(STATES))) if counted[state]}
+    return _in_order(Counter(map(_STATE, trials)))
+
+
+def _in_order(counted: Mapping[str, int]) -> dict[str, int]:
+    return {state: counted[state] for state in (*STATES, *sorted(set(counted) - set(STATES))) if counted.get(state)}
 
 
 @dataclass(frozen=True)
@@ -129,13 +150,18 @@ def _table(
     split: Split,
     axes: tuple[tuple[str, Any], ...],
     trials: Sequence[TrialResult],
+    cell: Callable[[TrialResult], str],
     pruned: str,
 ) -> VerdictTable:
     others = dict.fromkeys([*heading.arms, *(trial.arm for trial in trials)])
     names = [heading.baseline, *(name for name in others if name != heading.baseline)]
-    trials = sorted(trials, key=lambda trial: (names.index(trial.arm), trial.lr, trial.seed))
-    cells = {_cell(heading, trial) for trial in trials if trial.seed not in heading.fresh_seeds}
-    arms = [_arm(name, heading, split, [trial for trial in trials if trial.arm == name], cells) for name in names]
+    places, fresh = {name: place for place, name in enumerate(names)}, heading.fresh_seeds
+    trials = sorted(trials, key=lambda trial: (places[trial.arm], trial.lr, trial.seed))
+    of_arm: dict[str, list[TrialResult]] = {name: [] for name in names}
+    for trial in trials:
+        of_arm[trial.arm].append(trial)
+    cells = {cell(trial) for trial in trials if trial.seed not in fresh}
+    arms = [_arm(name, heading, split, of_arm[name], cells, cell) for name in names]
     sequence = None if heading.look_seeds is None else _sequence(heading, split, arms)
     if sequence is None:
         comparison = compare(
@@ -178,7 +204,8 @@ def _table(
 def _sequence(heading: SweepHeading, split: Split, arms: Sequence[_Arm]) -> LookSequence:
     """Of the arms that have trials: the family of the table."""
     there = [arm for arm in arms if arm.trials or arm.name == heading.baseline]
-    fresh = {arm.name: [trial for trial in arm.trials if trial.seed in heading.fresh_seeds] for arm in there}
+    seeds = heading.fresh_seeds
+    fresh = {arm.name: [trial for trial in arm.trials if trial.seed in seeds] for arm in there}
     complete = [trial for trials in fresh.values() for trial in trials if trial.state == "COMPLETE"]
     losses = {trial.fingerprint: loss for trial in complete if (loss := _loss(trial, split)) is not None}
     rateless = [
@@ -209,11 +236,13 @@ def _was_chosen(rates: BestLearningRate) -> bool:
 
 
 def _cell_states(trials: Sequence[TrialResult]) -> tuple[CellStates, ...]:
-    cells: dict[tuple[str, float], list[TrialResult]] = {}
-    for trial in trials:
-        cells.setdefault((trial.arm, trial.lr), []).append(trial)
-    return tuple(CellStates(arm, lr, _counts(of_cell)) for (arm, lr), of_cell in cells.items())
+    cells: dict[tuple[str, float], dict[str, int]] = {}
+    for (arm, lr, state), number in Counter(map(_CELL_STATE, trials)).items():
+        cells.setdefault((arm, lr), {})[state] = number
+    return tuple(CellStates(arm, lr, _in_order(counts)) for (arm, lr), counts in cells.items())
 
+
+_STATE, _CELL_STATE = attrgetter("state"), attrgetter("arm", "lr", "state")
 
 LR_REASON = (
     "the best learning rates were chosen on the seeds that the verdict uses, so losses look lower than they are "
@@ -227,17 +256,25 @@ def _sample(arm: _Arm) -> Sample:
     return Sample(arm.name, arm.losses_nats, seeds=tuple(trial.seed for trial in arm.at_best))
 
 
-def _arm(name: str, heading: SweepHeading, split: Split, trials: list[TrialResult], cells: set[str]) -> _Arm:
+def _arm(
+    name: str,
+    heading: SweepHeading,
+    split: Split,
+    trials: list[TrialResult],
+    cells: set[str],
+    cell: Callable[[TrialResult], str],
+) -> _Arm:
     extra = heading.extra_baseline_seeds if name == heading.baseline else ()
     confirm = (*heading.confirm_seeds, *extra) if heading.confirm_seeds else ()
-    choosing = [trial for trial in trials if trial.seed not in heading.fresh_seeds]
+    fresh = heading.fresh_seeds
+    choosing = [trial for trial in trials if trial.seed not in fresh]
     results = [CellResult(name, trial.lr, trial.seed, trial.state, _loss(trial, split)) for trial in choosing]
     expected = heading.seeds
     if expected is not None and not confirm:
         expected = (*expected, *extra)
     learning_rate = best_learning_rate(name, results, expected)
     seeds = set(expected or ()) | {trial.seed for trial in choosing}
-    present = {(_cell(heading, trial), trial.seed) for trial in choosing}
+    present = {(cell(trial), trial.seed) for trial in choosing}
     best_lr = None if learning_rate.best is None else learning_rate.best.lr
     losses = () if learning_rate.best is None else learning_rate.best.losses_nats
     at_best = [trial for trial in choosing if trial.lr == best_lr]
@@ -264,7 +301,7 @@ def _num_missing(heading: SweepHeading, cells: set[str], seeds: set[int], presen
     """Of a search, whose rates are each arm's own, by number."""
     if heading.searched_rates is not None:
         return max(0, heading.searched_rates * len(seeds) - len(present))
-    return len({(cell, seed) for cell in cells for seed in seeds} - present)
+    return len(cells) * len(seeds) - sum(cell in cells and seed in seeds for cell, seed in present)
 
 
 def _loss(trial: TrialResult, split: Split) -> float | None:

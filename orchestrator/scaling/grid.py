@@ -92,8 +92,10 @@ def best_learning_rate(arm: str, results: Sequence[CellResult], seeds: Sequence[
     """
     _refuse_duplicates(arm, results)
     expected = set(seeds) if seeds is not None else {result.seed for result in results}
-    rates = sorted({result.lr for result in results})
-    points = tuple(_point(rate, [result for result in results if result.lr == rate], expected) for rate in rates)
+    at_rate: dict[float, list[CellResult]] = {}
+    for result in results:
+        at_rate.setdefault(result.lr, []).append(result)
+    points = tuple(_point(rate, at_rate[rate], expected) for rate in sorted(at_rate))
     ranked = [(point.mean_loss_nats, point.lr, point) for point in points if point.mean_loss_nats is not None]
     best = min(ranked, key=lambda entry: entry[:2])[2] if ranked else None
     return BestLearningRate(

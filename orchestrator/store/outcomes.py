@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import groupby
 from operator import itemgetter
 from typing import Any
 
@@ -15,22 +16,34 @@ from sqlalchemy import Connection, text
 
 from orchestrator.store.reader import tails
 from orchestrator.store.rows import FailedRow, Outcome, TailRow
-from orchestrator.store.schema import FAILED
+from orchestrator.store.schema import COMPLETE, FAILED
 
 _TRIALS = """
-SELECT st.fingerprint, st.arm, CAST(st.axes AS TEXT) AS axes, st.seed, t.lr, t.state, t.cause, t.reason,
-       t.num_parameters, t.training_flops, t.num_steps, t.batch_tokens, t.precision, t.end_step
-FROM sweep_trial st JOIN trial t ON t.fingerprint = st.fingerprint
+SELECT st.position, st.fingerprint, st.arm, CAST(st.axes AS TEXT), st.seed, t.lr, t.state, t.cause, t.reason,
+       t.num_parameters, t.training_flops, t.num_steps, t.batch_tokens, t.precision, t.end_step,
+       a.id, a.number, a.resume_step, CAST(a.layout AS TEXT), a.provenance ->> 'backend', a.tokens_per_second,
+       a.sweep_id
+FROM sweep_trial st
+JOIN trial t ON t.fingerprint = st.fingerprint
+LEFT JOIN attempt a ON a.fingerprint = st.fingerprint
 WHERE st.sweep_id = :sweep_id AND st.current
-ORDER BY st.position
 """
+"""A row an attempt, and one for a trial without any."""
 
-_ATTEMPTS = """
-SELECT a.fingerprint, a.number, a.resume_step, CAST(a.layout AS TEXT) AS layout, a.provenance ->> 'backend' AS backend,
-       a.tokens_per_second, o.name
-FROM sweep_trial st JOIN attempt a ON a.fingerprint = st.fingerprint JOIN sweep o ON o.id = a.sweep_id
-WHERE st.sweep_id = :sweep_id AND st.current
+_FINGERPRINT, _STATE, _ATTEMPT_ID, _NUMBER, _RESUME_STEP, _LAYOUT, _BACKEND, _SPEED, _SWEEP = 1, 6, *range(15, 22)
+_IN_ORDER = itemgetter(0, _FINGERPRINT, _NUMBER)
+
+_ENDS = """
+SELECT v.attempt_id, v.split, COUNT(*),
+       CASE WHEN COUNT(v.loss_nats) = COUNT(*) THEN AVG(v.loss_nats) END,
+       CASE WHEN COUNT(v.bits_per_byte) = COUNT(*) THEN AVG(v.bits_per_byte) END
+FROM validation v
+WHERE v.fraction > :after AND v.attempt_id {among}
+GROUP BY v.attempt_id, v.split
 """
+_RANGE = "BETWEEN :first AND :last"
+_OF_SWEEP = """IN (SELECT a.id FROM sweep_trial st JOIN attempt a ON a.fingerprint = st.fingerprint
+                   WHERE st.sweep_id = :sweep_id AND st.current)"""
 
 _COUNTS = """
 SELECT st.sweep_id, t.state, COUNT(*)
@@ -50,20 +63,44 @@ ORDER BY st.position LIMIT :limit
 
 def outcomes(connection: Connection, sweep_id: int, tail: float) -> list[Outcome]:
     """A sweep's current trials in execution order, with what was measured of them."""
-    of_sweep = {"sweep_id": sweep_id}
-    attempts: dict[str, list[Sequence[Any]]] = {}
-    for attempt in connection.execute(text(_ATTEMPTS), of_sweep):
-        attempts.setdefault(attempt[0], []).append(attempt)
-    ends: dict[str, dict[str, TailRow]] = {}
-    for end in tails(connection, sweep_id, tail):
-        ends.setdefault(end.fingerprint, {})[end.split] = end
-    axes = _Parsed()
-    layouts = _Parsed()
+    unsorted = connection.execute(text(_TRIALS), {"sweep_id": sweep_id}).all()
+    rows = sorted(unsorted, key=_IN_ORDER)  # here and not there: the database would sort them whole
+    sweeps = {row.id: row.name for row in connection.execute(text("SELECT id, name FROM sweep"))}
+    ends = _ends(connection, sweep_id, tail, [row[_ATTEMPT_ID] for row in rows if row[_ATTEMPT_ID] is not None])
+    resumed: dict[str, dict[str, TailRow]] = {}
+    trials = [list(of_trial) for _, of_trial in groupby(rows, itemgetter(_FINGERPRINT))]
+    if len(trials) < len(rows):
+        for end in tails(connection, sweep_id, tail, several_attempts=True):
+            resumed.setdefault(end.fingerprint, {})[end.split] = end
+    axes, layouts = _Parsed(), _Parsed()
     found = []
-    for fingerprint, arm, axes_text, *others in connection.execute(text(_TRIALS), of_sweep):
-        taken = _taken(attempts.get(fingerprint, []), layouts)
-        row = (fingerprint, arm, axes[axes_text], *others, *taken, ends.get(fingerprint, {}))
-        found.append(Outcome._make(row))
+    for attempts in trials:
+        _, fingerprint, arm, axes_text, *others = attempts[0][:_ATTEMPT_ID]
+        of_trial: dict[str, TailRow] = {}
+        if len(attempts) > 1:
+            of_trial = resumed.get(fingerprint, {})
+        elif attempts[0][_STATE] == COMPLETE:
+            of_trial = {end[1]: TailRow(fingerprint, *end[1:]) for end in ends.get(attempts[0][_ATTEMPT_ID], ())}
+        found.append(
+            Outcome._make((fingerprint, arm, axes[axes_text], *others, *_taken(attempts, layouts, sweeps), of_trial))
+        )
+    return found
+
+
+def _ends(connection: Connection, sweep_id: int, tail: float, attempts: list[int]) -> dict[int, list[Sequence[Any]]]:
+    """By attempt: of each split the validations in the last ``tail`` of the schedule, and perhaps other attempts'.
+
+    A sweep's attempts are mostly neighbours. Where they are, the range is read as it lies instead of looking up each.
+    """
+    if not attempts:
+        return {}
+    first, last = min(attempts), max(attempts)
+    is_dense = last - first < 2 * len(attempts)
+    among = {"first": first, "last": last} if is_dense else {"sweep_id": sweep_id}
+    question = text(_ENDS.format(among=_RANGE if is_dense else _OF_SWEEP))
+    found: dict[int, list[Sequence[Any]]] = {}
+    for end in connection.execute(question, {"after": 1.0 - tail, **among}):
+        found.setdefault(end[0], []).append(end)
     return found
 
 
@@ -74,27 +111,23 @@ class _Parsed(dict[str, Any]):
         return self.setdefault(json_text, json.loads(json_text))
 
 
-def _taken(attempts: list[Sequence[Any]], layouts: _Parsed) -> tuple[Any, ...]:
+def _taken(attempts: Sequence[Sequence[Any]], layouts: _Parsed, sweeps: Mapping[int, str]) -> tuple[Any, ...]:
     """Of a trial's attempts: their number, the back ends and layouts, and the speed and the sweep of the last.
 
     A layout counts if no later attempt began at its attempt's first step or before: successors build on it.
     """
-    if not attempts:
+    last = attempts[-1]
+    if last[_ATTEMPT_ID] is None:
         return 0, (), (), None, None
-    attempts.sort(key=_NUMBER)
-    backends = tuple(sorted({attempt[4] for attempt in attempts if attempt[4] is not None}))
+    backends = tuple(sorted({attempt[_BACKEND] for attempt in attempts if attempt[_BACKEND] is not None}))
     counted: list[dict[str, Any]] = []
     first = math.inf
     for attempt in reversed(attempts):
-        if attempt[2] < first:
-            first, layout = attempt[2], layouts[attempt[3]]
+        if attempt[_RESUME_STEP] < first:
+            first, layout = attempt[_RESUME_STEP], layouts[attempt[_LAYOUT]]
             if counted[-1:] != [layout]:
                 counted.append(layout)
-    last = attempts[-1]
-    return len(attempts), backends, tuple(reversed(counted)), last[5], last[6]
-
-
-_NUMBER = itemgetter(1)
+    return len(attempts), backends, tuple(reversed(counted)), last[_SPEED], sweeps[last[_SWEEP]]
 
 
 def num_by_state(connection: Connection, sweep_id: int | None = None) -> dict[int, dict[str, int]]:
