@@ -421,6 +421,11 @@ def test_results_as_csv_json_and_markdown(ran: Gatesweep):
     ):
         said = ran("results", "tiny", "--diagnostics", "--format", format)
         assert (said.code, part in said.out, "verdict" in said.out) == (0, True, False)
+    for denominator in ("tokens", "flops", "parameters", "wall-clock"):
+        assert f'"denominator": "{denominator}"' in ran(
+            "results", "tiny", "--denominator", denominator, "--format", "json"
+        ).out  # fmt: skip
+    assert "--ladder, --denominator" in ran("results", "tiny", "--denominator", "flops", "--ladder").err
     bad = ran("results", "tiny", "--format", "xml")
     assert bad.code == 2
     assert "xml" in bad.err

@@ -203,6 +203,17 @@ def test_axes_can_be_asked_for_in_sql(run: Run) -> None:
     assert run.store.query("SELECT axes FROM results ORDER BY position LIMIT 1")["axes"][0] == '{"train.lr": 0.001}'
 
 
+def test_the_denominators_of_a_loss_grow_with_its_step(run: Run) -> None:
+    run.store.record(run.lease, run.start(), [*steps(1, STEPS), validation(5, 3.0), validation(STEPS, 2.0)])
+    run.end(run.store.attempts(run.fingerprint)[0], "COMPLETE")
+    frame = run.store.frame("denominators", "quick")
+    speed = run.store.curve(run.fingerprint).steps[0].tokens_per_second
+    assert speed is not None
+    assert list(frame.validation_loss_nats) == [3.0, 2.0]
+    assert list(frame.seconds) == pytest.approx([5 * 256 / speed, STEPS * 256 / speed])
+    assert frame.flops[0] / frame.flops[1] == pytest.approx(5 / STEPS)
+
+
 def test_every_column_of_a_view_is_documented(store: Store) -> None:
     readme = Path(views.__file__).with_name("README.md").read_text()
     for view in query.VIEW_ORDER:

@@ -32,6 +32,13 @@ class AgainstWhat(StrEnum):
     PAPER = "paper"
 
 
+class EqualBy(StrEnum):
+    TOKENS = "tokens"
+    FLOPS = "flops"
+    PARAMETERS = "parameters"
+    WALL_CLOCK = "wall-clock"
+
+
 class LadderAlong(StrEnum):
     COMPUTE = "compute"
     PARAMETERS = "parameters"
@@ -55,6 +62,8 @@ _MECHANISM: Renderers = {
 _AGAINST: Renderers = {TableFormat.JSON: report.against_to_json, TableFormat.MARKDOWN: report.against_to_markdown}
 
 _LADDER: Renderers = {TableFormat.CSV: report.ladder_to_csv, TableFormat.JSON: report.ladder_to_json}
+
+_EQUAL: Renderers = {TableFormat.CSV: report.equal_to_csv, TableFormat.JSON: report.equal_to_json}
 
 _EXPLANATION: Renderers = {TableFormat.JSON: report.explanation_to_json}
 
@@ -103,6 +112,12 @@ def register(app: typer.Typer, console: Console) -> None:
         along: Annotated[
             LadderAlong | None, typer.Option(help="What a size is in --ladder; by default compute.", show_default=False)
         ] = None,
+        denominator: Annotated[
+            EqualBy | None,
+            typer.Option(
+                help="Instead: arms at equal amounts of this; verdicts where amounts are equal.", show_default=False
+            ),
+        ] = None,
     ) -> None:
         """The verdict table of a sweep."""
         instead = [
@@ -112,6 +127,7 @@ def register(app: typer.Typer, console: Console) -> None:
                 ("--against", against),
                 ("--explain", explain),
                 ("--ladder", ladder),
+                ("--denominator", denominator),
             )
             if asked
         ]
@@ -130,6 +146,9 @@ def register(app: typer.Typer, console: Console) -> None:
             elif ladder:
                 found = report.ladder(store, sweep, (along or LadderAlong.COMPUTE).value)
                 view, renderers, what = report.LadderView(found), _LADDER, "--ladder"
+            elif denominator is not None:
+                found = report.at_equal(store, sweep, denominator.value)
+                view, renderers, what = report.EqualView(found), _EQUAL, "--denominator"
             elif diagnostics:
                 found = report.mechanism(store, sweep)
                 view, renderers, what = report.MechanismView(found), _MECHANISM, "--diagnostics"

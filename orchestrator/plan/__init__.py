@@ -32,7 +32,7 @@ from orchestrator.plan.controls import gates_add, sized
 from orchestrator.plan.files import Files
 from orchestrator.plan.fit import memory_needed, memory_refusals, micro_batch_sizes, size_key
 from orchestrator.plan.refusals import refusals
-from orchestrator.plan.resolve import cell_config, matched
+from orchestrator.plan.resolve import cell_config, match_residual, matched
 from orchestrator.sweep import (
     Derived,
     DocumentPath,
@@ -61,6 +61,7 @@ __all__ = [
     "RateGroup",
     "Refusal",
     "expand",
+    "match_residual",
     "micro_batch_sizes",
 ]
 

@@ -11,7 +11,13 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from models import plugins
-from models.accounting import default_ffn_multiple, match_ffn_size, match_ffn_size_for_flops
+from models.accounting import (
+    default_ffn_multiple,
+    match_ffn_size,
+    match_ffn_size_for_flops,
+    parameters,
+    training_flops_per_token,
+)
 from models.config import TrainConfig, TrialConfig
 from orchestrator.plan import corpora
 from orchestrator.plan.cells import CellError, Leaf, Leaves, nested
@@ -96,12 +102,32 @@ def matched(config: TrialConfig, sweep: Sweep, arm: str, resources: ResourcesCon
     match: MatchConfig = sweep.match
     if match.by == "none" or not config.gates or "ffn_size" in sweep.arms[arm].get("model", {}):
         return config
-    multiple = match.ffn_multiple or default_ffn_multiple(config.model)
-    rows = resources.layout.tensor * (config.fp8.multiple if config.fp8 is not None else 1)
-    multiple = math.lcm(multiple, rows)
+    multiple = ffn_step(config, match, resources)
     match_width = match_ffn_size if match.by == "parameters" else match_ffn_size_for_flops
     model = config.model.model_copy(update={"ffn_size": match_width(config.model, config.gates, multiple)})
     return config.model_copy(update={"model": model})
+
+
+def ffn_step(config: TrialConfig, match: MatchConfig, resources: ResourcesConfig) -> int:
+    """Matched FFN widths are multiples of this."""
+    multiple = match.ffn_multiple or default_ffn_multiple(config.model)
+    rows = resources.layout.tensor * (config.fp8.multiple if config.fp8 is not None else 1)
+    return math.lcm(multiple, rows)
+
+
+def match_residual(config: TrialConfig, match: MatchConfig, resources: ResourcesConfig) -> float:
+    """The most by which a matched trial may miss, as a share: half a step of its FFN width."""
+    if match.by == "none" or not config.gates:
+        return 0.0
+    wider = config.model.model_copy(update={"ffn_size": config.model.ffn_size + ffn_step(config, match, resources)})
+    if match.by == "parameters":
+        sizes = [parameters(model, config.gates, config.data.vocab_size) for model in (config.model, wider)]
+    else:
+        sizes = [
+            training_flops_per_token(model, config.gates, config.data.vocab_size, config.data.sequence_length)
+            for model in (config.model, wider)
+        ]
+    return (sizes[1] / sizes[0] - 1.0) / 2.0
 
 
 def _cell_error(detail: ErrorDetails, arm: str, leaves: Leaves) -> CellError:

@@ -1,6 +1,8 @@
 """Tables out of the store: results with their verdicts, plans, status. Everything printed here was computed below."""
 
 from orchestrator.report.against import Against, AgainstView, against_paper, against_to_json, against_to_markdown
+from orchestrator.report.denominator_formats import EqualView, equal_to_csv, equal_to_json
+from orchestrator.report.denominators import EqualResults, at_equal
 from orchestrator.report.differences import DifferencesView, TrialDifferences, differences, differences_to_json
 from orchestrator.report.explanation import Explanation, ExplanationView, explain, explanation_to_json
 from orchestrator.report.formats import to_csv, to_json, to_markdown
@@ -29,6 +31,8 @@ __all__ = [
     "AgainstView",
     "ArmRow",
     "DifferencesView",
+    "EqualResults",
+    "EqualView",
     "Explanation",
     "ExplanationView",
     "Ladder",
@@ -45,10 +49,13 @@ __all__ = [
     "against_paper",
     "against_to_json",
     "against_to_markdown",
+    "at_equal",
     "budget_forecast",
     "budget_lines",
     "differences",
     "differences_to_json",
+    "equal_to_csv",
+    "equal_to_json",
     "explain",
     "explanation_to_json",
     "ladder",

@@ -2,6 +2,14 @@
 their rank; how an arm's loss falls with size. Pure."""
 
 from orchestrator.scaling.audit import AUDIT_VERSION, EndedTrial, PruningAudit, audit_pruning
+from orchestrator.scaling.denominators import (
+    DENOMINATORS_VERSION,
+    TOLERANCE,
+    Denominator,
+    are_equal,
+    read_at,
+    shares_of_schedule,
+)
 from orchestrator.scaling.extension import extension
 from orchestrator.scaling.grid import (
     FORMULA_VERSION,
@@ -28,13 +36,16 @@ from orchestrator.scaling.rungs import RungPoint, loss_at, rung_point
 
 __all__ = [
     "AUDIT_VERSION",
+    "DENOMINATORS_VERSION",
     "EXTRAPOLATION",
     "FORMULA_VERSION",
     "HALVING_VERSION",
     "LAWS_VERSION",
     "OPTIMUM_VERSION",
+    "TOLERANCE",
     "BestLearningRate",
     "CellResult",
+    "Denominator",
     "Edge",
     "EndedTrial",
     "Estimate",
@@ -49,6 +60,7 @@ __all__ = [
     "RungPoint",
     "ScalingLaw",
     "SpeedUp",
+    "are_equal",
     "audit_pruning",
     "best_learning_rate",
     "extension",
@@ -57,5 +69,7 @@ __all__ = [
     "group_key",
     "loss_at",
     "pooled_variance",
+    "read_at",
     "rung_point",
+    "shares_of_schedule",
 ]

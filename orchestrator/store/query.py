@@ -45,19 +45,21 @@ _TYPES: dict[str, tuple[str, ...]] = {
         "lr", "step_lr", "training_flops", "loss_nats", "gradient_norm", "validation_loss_nats", "bits_per_byte",
         "full_validation_loss_nats", "full_bits_per_byte", "tokens_per_second", "seconds", "first_token_attention",
         "max_activation", "attention_output_rms", "ffn_output_rms", "residual_rms", "update_ratio", "gate_score",
+        "flops", "cpus", "gpus",
     ),
     "Int64": ("end_step", "resumed_from_attempt", "peak_memory_bytes"),
 }  # fmt: skip
 _MOMENTS = ("started_at", "ended_at")
 _NESTED = ("layout", "hosts", "provenance", "heads", "gates")
 
-View = Literal["results", "curves", "attempts", "diagnostics"]
+View = Literal["results", "curves", "attempts", "diagnostics", "denominators"]
 
 VIEW_ORDER = {
     "results": "position",
     "curves": "position, step",
     "attempts": "position, attempt",
     "diagnostics": "position, step, layer",
+    "denominators": "position, step",
 }
 """The documented views, and the order of their rows within a sweep."""
 

@@ -110,6 +110,22 @@ JOIN layer_diagnostic d ON d.attempt_id = p.attempt_id AND d.step <= p.last_step
 WHERE st.current
 """
 
+_DENOMINATORS = """
+SELECT s.name AS sweep, st.arm, st.axes, st.seed, t.lr, t.fingerprint, t.state, v.attempt, v.step, v.fraction,
+       v.tokens, t.training_flops * v.step / t.num_steps AS flops, t.num_parameters,
+       (SELECT CASE WHEN COUNT(m.tokens_per_second) = v.step THEN SUM(t.batch_tokens / m.tokens_per_second) END
+        FROM attempt_span p JOIN step_metric m ON m.attempt_id = p.attempt_id AND m.step <= p.last_step
+        WHERE p.fingerprint = t.fingerprint AND m.step <= v.step AND m.tokens_per_second > 0) AS seconds,
+       v.loss_nats AS validation_loss_nats, v.bits_per_byte, a.layout, a.hosts, a.cpus, a.gpus,
+       a.provenance ->> 'backend' AS backend, st.position
+FROM sweep_trial st
+JOIN sweep s ON s.id = st.sweep_id
+JOIN trial t ON t.fingerprint = st.fingerprint
+JOIN curve_validation v ON v.fingerprint = t.fingerprint AND v.split = 'slice'
+JOIN attempt a ON a.fingerprint = t.fingerprint AND a.number = v.attempt
+WHERE st.current
+"""
+
 VIEWS = {
     "attempt_span": _ATTEMPT_SPAN,
     "curve_validation": _CURVE_VALIDATION,
@@ -117,6 +133,7 @@ VIEWS = {
     "curves": _CURVES,
     "attempts": _ATTEMPTS,
     "diagnostics": _DIAGNOSTICS,
+    "denominators": _DENOMINATORS,
 }
 """In the order of their making: a view may read those before it."""
 
