@@ -16,6 +16,7 @@ import pytest
 
 from models import accounting
 from models.config import TrialConfig
+from models.presets import PRESETS
 from orchestrator.plan import expand
 from orchestrator.sweep import UserError, load, parse
 
@@ -209,6 +210,24 @@ def test_derived_values_chain_and_follow_arms_and_rows(plan):
 def test_derived_values_are_computed_in_decimal(plan):
     planned = plan(SMALL.replace("lr: 1e-3", "lr: 0.1, epsilon: {of: train.lr, times: 3}"))
     assert planned.trials[0].config.train.epsilon == 0.3
+
+
+SIZES = "axes: {model.preset: [cpu-tiny, cpu-1m], train.lr: {of: %s, times: [0.32, 0.64], power: %s}}\n"
+
+
+def test_a_rule_by_width_gives_each_size_its_own_learning_rates(plan):
+    planned = plan(SMALL.replace(", lr: 1e-3", "") + SIZES % ("model.hidden_size", -1))
+    rates = {(one.config.model.hidden_size, one.config.train.lr) for one in planned.trials}
+    assert rates == {(size, times / size) for size in (64, 128) for times in (0.32, 0.64)}
+
+
+def test_a_rule_by_parameters_is_the_same_in_all_arms_of_a_size(plan):
+    text = SMALL.replace(", lr: 1e-3", "").replace("{gate: {position: sdpa}}", "{model: {num_kv_heads: 4}}")
+    planned = plan(text + SIZES % ("model.num_parameters", -0.5))
+    rates = {arm: [one.config.train.lr for one in planned.trials if one.arm == arm] for arm in ("none", "g1")}
+    assert sorted(rates["none"]) == sorted(rates["g1"])
+    size = accounting.parameters(PRESETS["cpu-1m"], (), 0)
+    assert min(rates["none"]) == float(f"{0.32 / size**0.5:.6g}")
 
 
 def test_a_derived_value_can_be_a_multiple_of_a_preset_or_a_default(plan):

@@ -247,14 +247,24 @@ DERIVED = [
     ("{of: gate.position, times: 2}", "of: got 'gate.position'; allowed: a config path of a number"),
     ("{of: [train.tokens], times: 2}", "of: got a list; allowed: a config path of a number"),
     ("{of: train.tokens, times: x}", "times: got 'x'; allowed: a number"),
-    ("{of: train.tokens}", "a derived value has the keys of and times; got of"),
-    ("{of: train.tokens, times: 2, plus: 1}", "a derived value has the keys of and times; got of, times, plus"),
+    ("{of: train.tokens}", "a derived value has the keys of and times, and may have power; got of"),
+    ("{of: train.tokens, times: 2, plus: 1}", "a derived value has the keys of and times, and may have power; got of, times, plus"),
+    ("{of: train.tokens, times: 2, power: x}", "power: got 'x'; allowed: a number"),
+    ("{of: train.tokens, times: [2]}", "times: got a list; allowed: a number"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("value", "said"), DERIVED)
 def test_a_derived_value_is_checked(value, said):
     refused(edited("2048", value), said=f"x.yaml:7:19: base.train.batch_tokens: {said}")
+
+
+def test_an_axis_may_have_several_factors_of_one_rule():
+    axis = "axes: {{train.lr: {{of: model.hidden_size, times: {}, power: -1}}}}\n"
+    found = parse(GOOD + axis.format("[0.5, 1]"), "x.yaml").axes["train.lr"]
+    assert found == tuple(Derived(of="model.hidden_size", times=times, power=-1.0) for times in (0.5, 1.0))
+    for times in ("[]", "[1, 1]"):
+        refused(GOOD + axis.format(times), said="times: got a list; allowed: a number, or a list of numbers, each once")
 
 
 def test_only_numbers_can_be_derived():

@@ -13,8 +13,13 @@ from decimal import Decimal
 from functools import cache
 from typing import Any
 
+from pydantic import ValidationError
+
+from models.accounting import parameters
+from models.config import ModelConfig
 from models.presets import PRESETS
 from orchestrator.sweep import (
+    NUM_PARAMETERS,
     Derived,
     DocumentPath,
     ExtendedRates,
@@ -93,9 +98,13 @@ def number_of_cells(sweep: Sweep) -> int:
 
 def arm_leaves(sweep: Sweep, arm: str) -> Leaves:
     """What all cells of an arm are laid over: base, and the arm over it."""
+    return _layered((sweep.base, ("base",)), (sweep.arms[arm], ("arms", arm)))
+
+
+def _layered(*layers: tuple[Mapping[str, Any], DocumentPath]) -> Leaves:
     leaves: Leaves = {}
-    for nested, source in ((sweep.base, ("base",)), (sweep.arms[arm], ("arms", arm))):
-        for path, leaf in flat(nested, "", source):
+    for tree, source in layers:
+        for path, leaf in flat(tree, "", source):
             # A plug-in without options of its own here leaves those from before as they are.
             if leaf.value != {} or not any(old.startswith(f"{path}.") for old in leaves):
                 _lay_over(leaves, path, leaf)
@@ -107,7 +116,19 @@ def compose(sweep: Sweep, of_arm: Leaves, assignment: Leaves) -> Leaves:
 
     ``model.preset`` stays among them as the cell's value on that axis, though no config has it.
     """
-    leaves = dict(of_arm)
+    _refuse_own_rates(of_arm, assignment)
+    leaves = _with_axes(of_arm, assignment)
+    leaves.setdefault("precision", Leaf("fp32" if sweep.resources.gpus == 0 else "bf16", ("resources", "gpus")))
+    derived = {path: leaf for path, leaf in leaves.items() if isinstance(leaf.value, Derived)}
+    by_size = [leaf for leaf in derived.values() if leaf.value.of == NUM_PARAMETERS]
+    size = _num_parameters(sweep, assignment, by_size[0]) if by_size else None
+    for path in derived:
+        _compute(leaves, path, (path,), size)
+    return leaves
+
+
+def _with_axes(below: Leaves, assignment: Leaves) -> Leaves:
+    leaves = dict(below)
     for path, leaf in assignment.items():
         _lay_over(leaves, path, leaf)
     preset = leaves.get("model.preset")
@@ -116,10 +137,39 @@ def compose(sweep: Sweep, of_arm: Leaves, assignment: Leaves) -> Leaves:
         for path, leaf in _of_preset(preset.value, preset.source):
             if path not in inner and not any(section in leaves for section in _sections(path)):
                 leaves.setdefault(path, leaf)
-    leaves.setdefault("precision", Leaf("fp32" if sweep.resources.gpus == 0 else "bf16", ("resources", "gpus")))
-    for path in [path for path, leaf in leaves.items() if isinstance(leaf.value, Derived)]:
-        _compute(leaves, path, (path,))
     return leaves
+
+
+def _refuse_own_rates(of_arm: Leaves, assignment: Leaves) -> None:
+    """The values of a list are the same in all arms of a cell: ranks and missing cells are told by them."""
+    for leaf in assignment.values():
+        if not isinstance(leaf.value, Derived) or len(leaf.source) < 3:
+            continue
+        source = leaf.value.of
+        names = {source, "model.preset"} if source.startswith("model.") and source != NUM_PARAMETERS else {source}
+        for name in names:
+            own = of_arm.get(name)
+            if own is not None and own.source[0] == "arms":
+                said = f"arm {own.source[1]} sets {name}, so its values would not be the other arms'"
+                raise CellError(leaf.source[:2], f"{said}; allowed: one number of times")
+
+
+def _num_parameters(sweep: Sweep, assignment: Leaves, asked: Leaf) -> int:
+    """Of the cell's model as base and axes give it, so that all arms of a size have one learning rate by a rule of it.
+
+    Without embeddings, which small models mostly consist of, and without gates.
+    """
+    leaves = _with_axes(_layered((sweep.base, ("base",))), assignment)
+    inside = [path for path in leaves if path.startswith("model.")]
+    for path in inside:
+        _compute(leaves, path, (NUM_PARAMETERS, path), None)
+    values = {path: leaves[path] for path in inside if not f"{path}.".startswith(_PLUGINS)}
+    try:
+        model = ModelConfig.model_validate(nested(values).get("model", {}))
+    except ValidationError as error:
+        said = f"{NUM_PARAMETERS} has no value here: base and axes together give no whole model"
+        raise CellError(asked.source, said) from error
+    return parameters(model, (), 0)
 
 
 def nested(leaves: Leaves) -> dict[str, Any]:
@@ -190,8 +240,12 @@ def _lay_over(leaves: Leaves, path: str, leaf: Leaf) -> None:
     leaves[path] = leaf
 
 
-def _compute(leaves: Leaves, path: str, chain: tuple[str, ...]) -> Any:
-    """The number at ``path``; a derived one is computed first, in decimal, so that 3 x 0.1 is 0.3."""
+def _compute(leaves: Leaves, path: str, chain: tuple[str, ...], size: int | None) -> Any:
+    """The number at ``path``; a derived one is computed first, in decimal, so that 3 x 0.1 is 0.3.
+
+    ``size``: the model's parameters. A power is rounded to six digits: what is read is what was run, and the same on
+    every machine.
+    """
     value = _value(leaves, path)
     if not isinstance(value, Derived):
         return value
@@ -199,13 +253,19 @@ def _compute(leaves: Leaves, path: str, chain: tuple[str, ...]) -> Any:
     source, times = value.of, value.times
     if source in chain:
         raise CellError(leaf.source, f"derived values in a circle: {' -> '.join((*chain, source))}")
-    number = _compute(leaves, source, (*chain, source))
+    number = size if source == NUM_PARAMETERS else _compute(leaves, source, (*chain, source), size)
     if isinstance(number, bool) or not isinstance(number, int | float):
         raise CellError(leaf.source, f"is a multiple of {source}, which has no value here")
-    product = float(Decimal(repr(number)) * Decimal(repr(times)))
+    if value.power == 1.0:
+        product = float(Decimal(repr(number)) * Decimal(repr(times)))
+    elif number <= 0:
+        raise CellError(leaf.source, f"{source} is {number:g}, of which there is no power")
+    else:
+        product = float(f"{times * number**value.power:.6g}")
     try:
         checked = check_value(config_fields()[path], product)
     except ValueError as error:
-        raise CellError(leaf.source, f"{times:g} times {source} {number:g}: {error}") from error
+        power = "" if value.power == 1.0 else f" to the power {value.power:g}"
+        raise CellError(leaf.source, f"{times:g} times {source} {number:g}{power}: {error}") from error
     leaves[path] = Leaf(checked, leaf.source)
     return checked

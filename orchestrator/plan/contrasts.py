@@ -138,7 +138,7 @@ def _why(sweep: Sweep, is_gated: bool, key: str, written: set[str]) -> str:
     base = {path: leaf.value for path, leaf in flat(sweep.base, "", ())}
     source = sweep.axes.get(key, base.get(key))
     if isinstance(source, Derived):
-        return f"{source.times:g} times {source.of}"
+        return str(source)
     for path in written:
         if key in _FOLLOW.get(path, ()):
             return path

@@ -14,6 +14,7 @@ from orchestrator.sweep.pruning import DivergenceConfig, PruneConfig, RankConfig
 from orchestrator.sweep.rates import ExtendedRates, GrowingRates, SearchedRates, rounded_rate
 from orchestrator.sweep.resources import WARM_BELOW_SECONDS, Placement, ResourcesConfig
 from orchestrator.sweep.settings import (
+    NUM_PARAMETERS,
     AllocateConfig,
     ArmName,
     CheckpointConfig,
@@ -30,6 +31,7 @@ from orchestrator.sweep.settings import (
 __all__ = [
     "BUDGETS",
     "NOTICE_KINDS",
+    "NUM_PARAMETERS",
     "WARM_BELOW_SECONDS",
     "AllocateConfig",
     "ArmName",

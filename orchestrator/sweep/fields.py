@@ -18,7 +18,7 @@ from models import plugins
 from models.config import TrialConfig
 from models.presets import PRESETS
 from orchestrator.sweep.document import DocumentPath, Problems
-from orchestrator.sweep.settings import Derived
+from orchestrator.sweep.settings import NUM_PARAMETERS, Derived
 from orchestrator.sweep.wording import allowed_words, describe, literal_words, nearest
 
 FILLED_IN_BY_THE_PLAN = {"vocab_size", "corpus_sha256", "tokenizer_sha256"}
@@ -144,7 +144,7 @@ def check_section(
 ) -> dict[str, Any]:
     """The mapping with its values in their own types; what is wrong in it goes to ``problems`` and is left out.
 
-    ``derived``: the section is a part of the trial's config, and values may be ``{of: PATH, times: NUMBER}``.
+    ``derived``: the section is a part of the trial's config, and values may be derived from others.
     """
     if section.objection:
         problems.add(path, section.objection, on_key=True)
@@ -179,19 +179,33 @@ def is_derived(value: object) -> bool:
 
 
 def check_derived(known: KnownField, value: dict[str, Any]) -> Derived:
-    """``{of: PATH, times: NUMBER}`` for a number field; ValueError says what is wrong with it."""
+    """``{of: PATH, times: NUMBER, power: NUMBER}`` for a number field; ValueError says what is wrong with it."""
     if not known.is_number:
         raise ValueError(f"got a derived value; allowed: {known.allowed}; only numbers can be multiples")
-    if set(value) != {"of", "times"}:
-        raise ValueError(f"a derived value has the keys of and times; got {', '.join(value)}")
-    source, times = value["of"], value["times"]
-    numbers = [name for name, field in config_fields().items() if field.is_number]
+    if not {"of", "times"} <= set(value) <= {"of", "times", "power"}:
+        raise ValueError(f"a derived value has the keys of and times, and may have power; got {', '.join(value)}")
+    source = value["of"]
+    numbers = [NUM_PARAMETERS, *(name for name, field in config_fields().items() if field.is_number)]
     if source not in numbers:
         raise ValueError(f"of: got {describe(source)}; allowed: a config path of a number{nearest(source, numbers)}")
-    try:
-        return Derived.model_validate({"of": source, "times": check_value(known_field(float), times)})
-    except ValueError as error:
-        raise ValueError(f"times: {error}") from error
+    factors = {name: factor for name, factor in value.items() if name != "of"}
+    for name, factor in factors.items():
+        try:
+            factors[name] = check_value(known_field(float), factor)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+    return Derived.model_validate({"of": source, **factors})
+
+
+def check_derived_axis(known: KnownField, value: dict[str, Any]) -> Derived | tuple[Derived, ...]:
+    """The same of an axis, where ``times`` may be a list: as many values a cell, each a multiple of its own."""
+    times = value.get("times")
+    if not isinstance(times, list):
+        return check_derived(known, value)
+    found = tuple(check_derived(known, {**value, "times": one}) for one in times)
+    if len(set(times)) < len(times) or not found:
+        raise ValueError(f"times: got {describe(times)}; allowed: a number, or a list of numbers, each once")
+    return found
 
 
 def unknown_plugin(name: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 from orchestrator.sweep.document import DocumentPath, Problems
 from orchestrator.sweep.fields import (
     KnownField,
-    check_derived,
+    check_derived_axis,
     check_value,
     config_fields,
     config_section,
@@ -31,7 +31,7 @@ def read_axes(node: object, problems: Problems) -> dict[str, Values | Derived | 
             continue
         if is_derived(value) or are_rates(value):
             try:
-                axes[name] = check_rates(name, value) if are_rates(value) else check_derived(known, value)
+                axes[name] = check_rates(name, value) if are_rates(value) else check_derived_axis(known, value)
             except ValueError as error:
                 problems.add(path, str(error))
         else:

@@ -26,7 +26,7 @@ from orchestrator.sweep.fields import (
 from orchestrator.sweep.parsing import REQUIRED
 from orchestrator.sweep.rates import ExtendedRates, SearchedRates
 from orchestrator.sweep.resources import ResourcesRule
-from orchestrator.sweep.settings import ArmName, Seed, Settings
+from orchestrator.sweep.settings import NUM_PARAMETERS, ArmName, Seed, Settings
 
 Schema = dict[str, Any]
 DIALECT = "http://json-schema.org/draft-07/schema#"
@@ -45,6 +45,7 @@ GRAMMAR_DOCS = {
     "seeds": "Every cell runs once a seed. `select` choose the learning rates, `confirm` are the verdict's.",
 }
 """Keys that no field of a class stands for, and the two that have no docstring for being clear in code."""
+_NUMBER: Schema = {"type": "number"}
 _PLUGINS = "model.plugins."
 PRESET_DOC = "A named size; fields beside it are laid over it."
 
@@ -59,7 +60,12 @@ def sweep_schema(installed_plugins: bool = True) -> Schema:
     fields = {
         name: field for name, field in config_fields().items() if installed_plugins or not name.startswith(_PLUGINS)
     }
-    definitions = {"config": config, "derived": _derived(fields), "where": _where(fields)}
+    definitions = {
+        "config": config,
+        "derived": _derived(fields, _NUMBER),
+        "rule": _derived(fields, {"anyOf": [_NUMBER, {"type": "array", "items": _NUMBER, "minItems": 1}]}),
+        "where": _where(fields),
+    }
     grammar = _grammar(fields)
     properties = {key: grammar.get(key) or settings[key] for key in (*REQUIRED, *grammar, *settings)}
     for key, said in GRAMMAR_DOCS.items():
@@ -180,7 +186,7 @@ def _axes(lists: dict[str, Schema], fields: dict[str, KnownField]) -> dict[str, 
     axes: dict[str, Schema] = {name: {"anyOf": [{**one, "uniqueItems": True}]} for name, one in lists.items()}
     for name, field in _may_vary(fields).items():
         if field.is_number:
-            axes[name]["anyOf"].append({"$ref": "#/definitions/derived"})
+            axes[name]["anyOf"].append({"$ref": "#/definitions/rule"})
     axes["train.lr"]["anyOf"] += [_tidied(kind.model_json_schema()) for kind in (SearchedRates, ExtendedRates)]
     return axes
 
@@ -199,12 +205,12 @@ def _mapping(properties: dict[str, Schema]) -> Schema:
     return {"type": "object", "properties": properties, "additionalProperties": False, "minProperties": 1}
 
 
-def _derived(fields: dict[str, KnownField]) -> Schema:
-    numbers = [name for name, field in fields.items() if field.is_number]
+def _derived(fields: dict[str, KnownField], times: Schema) -> Schema:
+    numbers = [NUM_PARAMETERS, *(name for name, field in fields.items() if field.is_number)]
     return {
-        "description": "A multiple of another config field of the same cell.",
+        "description": "Times another config field of the same cell, or times a power of it.",
         "type": "object",
-        "properties": {"of": {"enum": numbers}, "times": {"type": "number"}},
+        "properties": {"of": {"enum": numbers}, "times": times, "power": {"type": "number"}},
         "required": ["of", "times"],
         "additionalProperties": False,
     }

@@ -28,11 +28,21 @@ ArmName = Annotated[
 """No dots, so that an override can name an arm: ``arms.g1.gate.init=zero``."""
 
 
+NUM_PARAMETERS = "model.num_parameters"
+
+
 class Derived(Frozen):
-    """``{of: PATH, times: NUMBER}``: a value that is a multiple of another config field of the same cell."""
+    """``{of: PATH, times: NUMBER, power: NUMBER}``: times x source^power, of another config field of the same cell.
+
+    ``of: model.num_parameters`` is no field: the size of the cell before its arm, without embeddings and gates.
+    """
 
     of: str
     times: float
+    power: float = 1.0
+
+    def __str__(self) -> str:
+        return f"{self.times:g} times {self.of}" + ("" if self.power == 1.0 else f" to the power {self.power:g}")
 
 
 class MatchConfig(Frozen):
