@@ -15,7 +15,7 @@ from scipy.optimize import least_squares
 
 from models.run_dir import Summary, ValidationRecord
 from orchestrator.plan import expand
-from orchestrator.report import LadderView, ladder, ladder_to_csv, ladder_to_json
+from orchestrator.report import LadderView, ladder, ladder_to_csv, ladder_to_json, write_report
 from orchestrator.report.ladder import Rung, rank_flips
 from orchestrator.scaling import RungLosses, fit_ladder
 from orchestrator.scaling.power_law import fit_many, log_losses
@@ -111,6 +111,19 @@ def test_a_largest_rung_that_leaves_the_law_is_a_miss_of_many_sds():
     broken = next(one for one in fit_ladder(points, "baseline", 99).left_out if one.arm == "baseline")
     assert broken.miss_nats == pytest.approx(0.1, abs=0.03)
     assert broken.sds > 4
+
+
+def test_a_law_that_misses_its_largest_rung_gives_no_speed_up():
+    points = synthetic(5)
+    kept = fit_ladder(points, "baseline", 99)
+    assert kept.speed_ups[0].ratio is not None
+    for number, arm in ((4, "baseline"), (9, "arm")):
+        bent = list(points)
+        bent[number] = replace(points[number], losses_nats=tuple(loss + 0.1 for loss in points[number].losses_nats))
+        found = fit_ladder(bent, "baseline", 99)
+        assert found.speed_ups[0].ratio is None
+        assert found.speed_ups[0].problem.startswith(f"of {arm} the largest rung lies +")
+        assert any(one.startswith(f"{arm}: the largest rung lies +") for one in found.problems)
 
 
 def test_too_few_rungs_are_refused_with_the_reason():
@@ -213,10 +226,28 @@ def test_a_stored_ladder_is_told_in_every_format(tmp_path: Path):
     assert len(lines) == 8
     assert all(float(line["law_loss_nats"]) > 1 for line in lines)
     content = json.loads(ladder_to_json(found))
-    assert content["laws"][0]["formula"] == "power-law-1"
+    assert content["laws"][0]["formula"] == "power-law-2"
     assert len(content["laws"][0]["trials"]) == 16
     assert len(content["flips"]) == 3
     assert len(content["left_out"]) == 2
+
+
+def test_the_report_of_a_ladder_has_its_laws_flips_and_picture(tmp_path: Path):
+    with Store(f"sqlite:///{tmp_path / 'store.db'}") as store:
+        trained(store, SWEEP.replace(", train.batch_tokens: [128]", "").replace("base: {", BATCH))
+        page, *pictures = write_report(store, "sizes", tmp_path / "report")
+    text = page.read_text()
+    assert "<h2>The ladder</h2>" in text
+    assert "RANK FLIP: g1 minus the baseline" in text
+    assert text.count('aria-label="The ladder"') == 1
+    assert "power-law-2" in text
+    assert "ladder.png" in {path.name for path in pictures}
+
+
+def test_a_sweep_over_no_sizes_has_no_ladder_in_its_report(tmp_path: Path):
+    with Store(f"sqlite:///{tmp_path / 'store.db'}") as store:
+        trained(store)
+        assert "The ladder" not in write_report(store, "sizes", tmp_path / "report")[0].read_text()
 
 
 BATCH = "base: {train: {batch_tokens: 128}, "

@@ -35,7 +35,7 @@ class LadderView:
             grid = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
             for index, heading in enumerate(LADDER_HEADINGS):
                 grid.add_column(Text(heading), justify="right" if index else "left", overflow="fold")
-            for cells in _cells(self.ladder):
+            for cells in ladder_cells(self.ladder):
                 grid.add_row(*map(Text, cells))
             yield grid
             yield Text("")
@@ -46,7 +46,7 @@ class LadderView:
             yield Text("\n".join(wrapped(note, options.max_width)), style="dim")
 
 
-def _cells(ladder: Ladder) -> Iterator[tuple[str, ...]]:
+def ladder_cells(ladder: Ladder) -> Iterator[tuple[str, ...]]:
     left_out = {one.arm: one for one in ladder.laws.left_out}
     speed_ups = {one.arm: one for one in ladder.laws.speed_ups}
     for law in ladder.laws.laws:

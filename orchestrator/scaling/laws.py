@@ -20,12 +20,15 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from orchestrator.scaling.power_law import Array
 
-LAWS_VERSION = "power-law-1"
+LAWS_VERSION = "power-law-2"
 RUNGS_ALONE = 5
 """Needed for an arm's own floor, amplitude and exponent."""
 RUNGS_SHARED = 3
 EXTRAPOLATION = 2.0
 """How far beyond the baseline's rungs its law is believed, as a factor of the size."""
+LARGE_MISS = 4.0
+"""In SDs: a law that misses its largest rung by more gives no speed-up. Few seeds tell their SD badly, so not 2."""
+NOTED_MISS = 2.0
 RESAMPLES = 399
 
 Form = Literal["own", "shared"]
@@ -152,11 +155,25 @@ def fit_ladder(points: Sequence[RungLosses], baseline: str, resamples: int = RES
         left_out = [one for group in groups for one in _leave_largest_out(group, enough, reference, resamples)]
     else:
         problems.append(f"no check against the largest rung: without it fewer than {RUNGS_SHARED} would be left")
+    missed = {one.arm: one for one in left_out if one.sds is not None and abs(one.sds) > NOTED_MISS}
+    problems += [f"{arm}: {_missed(one)}; its law and what follows from it may not hold" for arm, one in missed.items()]
     speed_ups: list[SpeedUp] = []
     if baseline in enough:
-        others = [arm for arm in enough if arm != baseline]
-        speed_ups = [_speed_up(arm, baseline, fits, enough, reference) for arm in others]
+        for arm in (arm for arm in enough if arm != baseline):
+            bad = next((one for one in (missed.get(baseline), missed.get(arm)) if one and _is_large(one)), None)
+            if bad is None:
+                speed_ups.append(_speed_up(arm, baseline, fits, enough, reference))
+            else:
+                speed_ups.append(SpeedUp(arm, enough[arm][-1].size, None, f"of {bad.arm} {_missed(bad)}"))
     return LadderLaws("own" if own else "shared", laws, tuple(left_out), tuple(speed_ups), tuple(problems))
+
+
+def _is_large(one: LeftOut) -> bool:
+    return one.sds is not None and abs(one.sds) > LARGE_MISS
+
+
+def _missed(one: LeftOut) -> str:
+    return f"the largest rung lies {one.sds:+.1f} SD off what the others foretell"
 
 
 def _at_an_end(law: ScalingLaw) -> bool:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from orchestrator.report.figures import axes_text
 from orchestrator.report.html.origins import Origins, origins_of
+from orchestrator.report.ladder import Ladder, ladder_behind
 from orchestrator.report.mechanism import MechanismTable, mechanism_behind
 from orchestrator.report.plots import (
     ArmCurves,
@@ -17,11 +18,13 @@ from orchestrator.report.plots import (
     curves_picture,
     effects_picture,
     inside_picture,
+    ladder_picture,
     rates_picture,
 )
 from orchestrator.report.results import results
 from orchestrator.report.tree import Results, VerdictTable
 from orchestrator.store import Imported, RankDecision
+from orchestrator.sweep import UserError
 
 if TYPE_CHECKING:
     from orchestrator.store import Store
@@ -42,9 +45,17 @@ class Comparison:
 
 
 @dataclass(frozen=True)
+class LadderShown:
+    ladder: Ladder
+    pictures: tuple[Picture, ...]
+
+
+@dataclass(frozen=True)
 class Material:
     results: Results
     comparisons: tuple[Comparison, ...]
+    ladder: LadderShown | None
+    """Of a sweep over sizes; None: its axes are no ladder, or there is one size."""
     decisions: tuple[RankDecision, ...]
     """What was pruned by rank, oldest first."""
     origins: Origins
@@ -54,6 +65,7 @@ class Material:
     def pictures(self) -> Iterator[Picture]:
         for one in self.comparisons:
             yield from (*one.pictures, *one.inside)
+        yield from () if self.ladder is None else self.ladder.pictures
 
 
 def gathered(store: Store, sweep_name: str) -> Material:
@@ -69,10 +81,22 @@ def gathered(store: Store, sweep_name: str) -> Material:
             _comparison(store, answer, table, inside, "" if len(pairs) == 1 else f"-{number}", foreign)
             for number, (table, inside) in enumerate(pairs, start=1)
         ),
+        ladder=_ladder(store, answer),
         decisions=tuple(store.rank_decisions(sweep.id)),
         origins=origins_of(store, sweep),
         written_at=datetime.now(UTC),
     )
+
+
+def _ladder(store: Store, answer: Results) -> LadderShown | None:
+    if len(answer.tables) < 2:
+        return None
+    try:
+        found = ladder_behind(store, answer)
+    except UserError:
+        return None
+    picture = ladder_picture("ladder", found)
+    return LadderShown(found, () if picture is None else (picture,))
 
 
 def _comparison(

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.report.figures import NOTHING, axes_text, loss_text, lr_text, plural, states_text
 from orchestrator.report.formats import MEANS_VERSION
-from orchestrator.report.html.material import Comparison, Material
+from orchestrator.report.html.material import Comparison, LadderShown, Material
 from orchestrator.report.imported import IMPORTED_HEADINGS, IMPORTED_NOTE, imported_cells
+from orchestrator.report.ladder import FORMULA_VERSION as LAWS_VERSION
+from orchestrator.report.ladder_formats import LADDER_HEADINGS, flip_in_words, ladder_cells, ladder_notes
 from orchestrator.report.mechanism import FORMULA_VERSION as MECHANISM_VERSION
 from orchestrator.report.mechanism_formats import MECHANISM_HEADINGS, mechanism_cells
 from orchestrator.report.pruning import audit_in_words
@@ -44,6 +46,8 @@ def rendered(material: Material) -> str:
         verdict_headings=VERDICT_HEADINGS,
         mechanism_headings=MECHANISM_HEADINGS,
         comparisons=[_comparison(one) for one in material.comparisons],
+        ladder=None if material.ladder is None else _ladder(material.ladder),
+        ladder_headings=LADDER_HEADINGS,
         rules=_rules(material),
         audit=None if answer.pruning is None else audit_in_words(answer.pruning),
         decision_headings=DECISION_HEADINGS,
@@ -52,7 +56,10 @@ def rendered(material: Material) -> str:
         imported_headings=IMPORTED_HEADINGS,
         imported=[{"cells": imported_cells(row), "is_baseline": False} for row in answer.imported],
         imported_note=IMPORTED_NOTE,
-        formulas=", ".join((MEANS_VERSION, RATE_VERSION, OPTIMUM_VERSION, VERDICT_VERSION, MECHANISM_VERSION)),
+        formulas=", ".join(
+            (MEANS_VERSION, RATE_VERSION, OPTIMUM_VERSION, VERDICT_VERSION, MECHANISM_VERSION,
+             *(() if material.ladder is None else (LAWS_VERSION,)))
+        ),
     )  # fmt: skip
 
 
@@ -87,6 +94,16 @@ def _comparison(one: Comparison) -> Mapping[str, Any]:
         "inside": one.inside,
         "rates": [lr_text(lr) for lr in rates],
         "states": cells,
+    }
+
+
+def _ladder(shown: LadderShown) -> Mapping[str, Any]:
+    ladder = shown.ladder
+    return {
+        "rows": [{"cells": cells, "is_baseline": cells[0] == ladder.baseline} for cells in ladder_cells(ladder)],
+        "flips": [(flip_in_words(flip), flip.certain) for flip in ladder.flips],
+        "notes": ladder_notes(ladder),
+        "pictures": shown.pictures,
     }
 
 

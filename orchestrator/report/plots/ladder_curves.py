@@ -59,7 +59,12 @@ def _arm(axes: Axes, rungs: list[Rung], style: ArmStyle, law: ScalingLaw | None)
             markerfacecolor="none", markeredgecolor=style.colour, markeredgewidth=0.8, alpha=0.8,
         )  # fmt: skip
     sizes, means = [rung.size for rung in rungs], [fmean(rung.losses_nats) for rung in rungs]
-    mark: dict[str, Any] = {"marker": style.marker, "color": style.colour, "markersize": 6.5, "markeredgecolor": "white"}
+    mark: dict[str, Any] = {
+        "marker": style.marker,
+        "color": style.colour,
+        "markersize": 6.5,
+        "markeredgecolor": "white",
+    }
     axes.plot(sizes, means, linestyle="none" if law else (0, (1, 2)), linewidth=0.9, **mark)
     if law is not None:
         x = np.geomspace(sizes[0] / _BEYOND, sizes[-1] * _BEYOND, 80)
@@ -73,7 +78,9 @@ def _differences(axes: Axes, rungs: list[Rung], style: ArmStyle, place: float) -
         x = rung.size * 1.03**place
         if rung.low_nats is not None and rung.high_nats is not None:
             axes.plot([x, x], [rung.low_nats, rung.high_nats], color=style.colour, linewidth=1.4)
-        axes.plot([x], [rung.delta_nats], marker=style.marker, color=style.colour, markersize=6, markeredgecolor="white")
+        axes.plot(
+            [x], [rung.delta_nats], marker=style.marker, color=style.colour, markersize=6, markeredgecolor="white"
+        )
 
 
 def _scale(axes: Axes, rungs: list[Rung]) -> None:
