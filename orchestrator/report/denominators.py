@@ -19,12 +19,14 @@ from orchestrator.report.results import layout_text, results
 from orchestrator.report.tree import ArmRow, Results, VerdictTable
 from orchestrator.scaling import TOLERANCE, Denominator, are_equal, read_at, shares_of_schedule
 from orchestrator.sweep import MatchConfig, ResourcesConfig
-from orchestrator.verdict import Sample, Verdict, compare
+from orchestrator.verdict import Sample, compare
 
 if TYPE_CHECKING:
     from models.config import TrialConfig
     from orchestrator.store import Store, SweepRow, TrialRow
 
+_Cell = tuple[tuple[tuple[str, Any], ...], ArmRow]
+"""An arm's row, and the values of the axes where it stands."""
 BUDGET_AXES = ("train.tokens",)
 """Values of these may differ between an arm and the baseline where that makes their FLOPs or their seconds equal."""
 UNITS: Mapping[Denominator, str] = {
@@ -96,6 +98,17 @@ def at_equal(store: Store, sweep_name: str, denominator: Denominator) -> EqualRe
     return EqualResults(answer.sweep, answer.question, answer.baseline, denominator, answer.alpha, tables)
 
 
+@dataclass(frozen=True)
+class _Judged:
+    """A verdict on an arm; ``decision`` is None where none is made."""
+
+    delta_nats: float | None
+    low_nats: float | None
+    high_nats: float | None
+    decision: str | None
+    words: str
+
+
 class _Judge:
     """What the tables of a sweep share."""
 
@@ -103,28 +116,31 @@ class _Judge:
         self.store, self.answer, self.denominator = store, answer, denominator
         self.trials: dict[str, TrialRow] = {row.fingerprint: row for row in store.trials(sweep.id)}
         self.speeds = {one.fingerprint: one.tokens_per_second for one in answer.trials}
+        self.is_sequential = bool(sweep.verdict.get("allocate"))
+        """Its intervals are those of a sequence of looks at one cell's seeds."""
         self.match = MatchConfig.model_validate(sweep.settings.get("match") or {})
         self.resources = ResourcesConfig.model_validate(sweep.settings.get("resources") or {})
 
     def table(self, table: VerdictTable) -> EqualTable:
         base = next(row for row in table.rows if row.is_baseline)
         chosen = {row.arm: self._cell(row, base, table) for row in table.rows}
-        samples = [self._sample(chosen[row.arm][1]) for row in table.rows]
-        design = self.answer.design
-        compared = compare(samples, base.arm, self.answer.margin_nats, self.answer.alpha, design)
-        rows = []
-        for judged in compared.verdicts:
-            axes, row = chosen[judged.arm]
-            rows.append(self._row(axes, row, base, judged))
-        behind = tuple(f for _, row in chosen.values() if len(row.losses_nats) > 1 for f in row.trials_best)
-        return EqualTable(table.axes, tuple(rows), behind)
+        moved = any(axes != table.axes for axes, _ in chosen.values())
+        judged = self._judged_anew(table, chosen) if moved else _own_verdicts(table)
+        rows = [self._row(*chosen[row.arm], base, one) for row, one in zip(table.rows, judged, strict=True)]
+        anew = tuple(one for _, row in chosen.values() if len(row.losses_nats) > 1 for one in row.trials_best)
+        return EqualTable(table.axes, tuple(rows), anew if moved else table.trials_compared)
 
-    def _cell(
-        self, row: ArmRow, base: ArmRow, table: VerdictTable
-    ) -> tuple[tuple[tuple[str, Any], ...], ArmRow]:  # fmt: skip
+    def _judged_anew(self, table: VerdictTable, chosen: Mapping[str, _Cell]) -> list[_Judged]:
+        """Where a cell of another budget takes part; over as many arms as the table has."""
+        base = next(row.arm for row in table.rows if row.is_baseline)
+        samples = [self._sample(chosen[row.arm][1]) for row in table.rows]
+        found = compare(samples, base, self.answer.margin_nats, self.answer.alpha, self.answer.design)
+        return [_Judged(one.delta_nats, one.low_nats, one.high_nats, one.decision, one.words) for one in found.verdicts]
+
+    def _cell(self, row: ArmRow, base: ArmRow, table: VerdictTable) -> _Cell:
         """The arm's cell in this table, or at another budget if it fits better; always that of the table else."""
         candidates = [(table.axes, row)]
-        if self.denominator in ("flops", "wall-clock") and not row.is_baseline:
+        if self.denominator in ("flops", "wall-clock") and not row.is_baseline and not self.is_sequential:
             candidates += [
                 (other.axes, one)
                 for other in self.answer.tables
@@ -179,10 +195,10 @@ class _Judge:
         seeds = tuple(self.trials[fingerprint].seed for fingerprint in row.trials_best)
         return Sample(row.arm, row.losses_nats, seeds=seeds)
 
-    def _row(self, axes: tuple[tuple[str, Any], ...], row: ArmRow, base: ArmRow, judged: Verdict) -> EqualRow:
+    def _row(self, axes: tuple[tuple[str, Any], ...], row: ArmRow, base: ArmRow, judged: _Judged) -> EqualRow:
         own, aim = self._amounts(row), self._amounts(base)
         loss, delta, share, words = row.loss_nats, judged.delta_nats, 1.0 if row.losses_nats else None, judged.words
-        low, high, decision = judged.low_nats, judged.high_nats, str(judged.decision) or None
+        low, high, decision = judged.low_nats, judged.high_nats, judged.decision
         if own is not None and aim is not None and not row.is_baseline:
             problem = self._problem(row, own, base, aim)
             if problem.startswith("refused"):
@@ -252,6 +268,10 @@ class _Judge:
             for fingerprint in row.trials_best
             for one in self.store.attempts(fingerprint)
         }
+
+
+def _own_verdicts(table: VerdictTable) -> list[_Judged]:
+    return [_Judged(row.delta_nats, row.low_nats, row.high_nats, row.decision, row.verdict) for row in table.rows]
 
 
 def _on_slice(validation: Any) -> bool:
