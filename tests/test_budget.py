@@ -18,8 +18,9 @@ from test_cli import Gatesweep, Machine, folder, gatesweep, machine  # noqa: F40
 from orchestrator import report
 from orchestrator.controller import BudgetUsedUp
 from orchestrator.plan import Plan
+from orchestrator.report.figures import memory_text
 from orchestrator.store import BUDGET, BUDGET_EXTENDED, BudgetLine, Spent, Store, engine, migrate
-from orchestrator.sweep import UserError, check_extension, limits
+from orchestrator.sweep import CheckpointConfig, UserError, check_extension, limits
 
 ON_GPUS = ["resources={gpus: 2, cpus: 1}"]
 
@@ -256,8 +257,14 @@ def test_the_plan_prices_what_is_left_at_the_measured_pace_or_at_the_peak(bench:
 def test_a_plan_is_priced_by_complete_trials_else_by_the_peak_else_not_at_all(bench: Bench, tmp_path: Path):
     cpus = plan_of(tmp_path, ["resources.layout.data=2"])
     assert report.price_lines(cpus, {}, None) == [
-        "price: unknown; a throughput is known once a trial of this sweep is complete"
+        "price: unknown; a throughput is known once a trial of this sweep is complete, or by resources.expected_flops"
     ]
+    given = plan_of(tmp_path, ["resources={cpus: 2, expected_flops: 1e9}", "budget.cpu_hours=1e-9"])
+    hours = sum(trial.training_flops for trial in given.trials) / 1e9 * 2 / 3600
+    (line,) = report.price_lines(given, {}, None)
+    assert line.startswith(f"price: about {hours:.3g} CPU-hours, {hours:.3g} of them still to do; ")
+    assert line.endswith("hours a trial; at resources.expected_flops (1e+09 FLOP/s a rank)")
+    assert f"about {hours:.3g}, at resources.expected_flops" in report.budget_forecast(given, {}, None)[0]
     done, left = cpus.trials
     sweep_id = bench.store.add(cpus).sweep_id
     standing = report.Standing(bench.store.spent(sweep_id), (), float(done.training_flops), 0.0, 3.0, 1)
@@ -274,7 +281,23 @@ def test_a_plan_is_priced_by_complete_trials_else_by_the_peak_else_not_at_all(be
     assert line.startswith(f"price: at least {sum(hours):.3g} GPU-hours, {sum(hours):.3g} of them still to do; ")
     assert f"; {min(hours) / 2:.3g} to {max(hours) / 2:.3g} hours a trial; the GPUs at their peak" in line
     (unknown,) = report.price_lines(plan_of(tmp_path, ["resources.gpus=1"]), {}, None)
-    assert unknown.endswith("complete, or by resources.accelerator")
+    assert unknown.endswith("complete, or by resources.expected_flops or resources.accelerator")
+
+
+def test_the_plan_tells_what_checkpoints_will_take(tmp_path: Path):
+    plan = plan_of(tmp_path, ["checkpoint={keep: 3}"])
+    sizes = [12 * trial.num_parameters for trial in plan.trials]
+    (line,) = report.disk_lines(plan)
+    assert line.startswith(f"disk: {memory_text(3 * sum(sizes))} of checkpoints at the end: 3 a trial, ")
+    assert memory_text(max(sizes)) in line
+
+
+@pytest.mark.parametrize(
+    ("rule", "num_kept"),
+    [({}, 2), ({"every_steps": 7}, 2), ({"every_steps": 30}, 1), ({"every_steps": 30, "final": False}, 0)],
+)
+def test_as_many_checkpoints_stay_as_were_written_and_no_more_than_keep(rule: dict[str, Any], num_kept: int):
+    assert CheckpointConfig(**rule).num_kept(20) == num_kept
 
 
 def test_the_pace_is_that_of_complete_trials_with_all_their_attempts(store: Store):

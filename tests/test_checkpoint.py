@@ -23,7 +23,7 @@ from small_trials import (
     write_corpus,
 )
 
-from models import run_dir
+from models import accounting, run_dir
 from models.config import GateConfig, Layout
 from models.presets import PRESETS
 
@@ -516,6 +516,13 @@ def test_every_file_is_in_the_manifest(whole):
     listed = json.loads((whole / "manifest.json").read_text())["files"]
     assert {*listed, "manifest.json"} == {path.name for path in whole.iterdir()}
     assert set(FILES.values()) == set(listed)
+
+
+def test_a_checkpoint_takes_what_the_plan_says(whole, corpus):
+    """Beside weights and moments there are names, the random state and the manifest."""
+    told = accounting.checkpoint_bytes(corpus_trial(corpus, steps=STEPS))
+    listed = json.loads((whole / "manifest.json").read_text())["files"]
+    assert 0 < sum(entry["bytes"] for entry in listed.values()) - told < 500_000
 
 
 @pytest.mark.parametrize(

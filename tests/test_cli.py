@@ -149,6 +149,7 @@ def test_plan_prints_every_trial_and_writes_nothing(gatesweep: Gatesweep, folder
     assert "training FLOPs in all" in said.out
     assert "g1 changes gate {position: sdpa}; so parameters +" in said.out
     assert "price: unknown; a throughput is known once a trial of this sweep is complete" in said.out
+    assert "of checkpoints at the end: 2 a trial" in said.out
     assert sorted(path.name for path in folder.iterdir()) == before
 
 

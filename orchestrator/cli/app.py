@@ -64,7 +64,8 @@ def plan(file: File, overrides: Overrides = None) -> None:
     known = _known(Home.of(), planned)
     states, standing = known.states, known.standing
     console.print(report.plan_table(planned, states, known.elsewhere))
-    for line in (*report.price_lines(planned, states, standing), *report.budget_forecast(planned, states, standing)):
+    prices = report.price_lines(planned, states, standing), report.disk_lines(planned)
+    for line in (*prices[0], *prices[1], *report.budget_forecast(planned, states, standing)):
         console.print(line, highlight=False)
     if known.stale is not None:
         raise known.stale

@@ -13,8 +13,6 @@ from orchestrator.controller.sweep_run import SweepRun
 from orchestrator.gang import Gang, GangEnd
 from orchestrator.store import AttemptRow, TrialRow, TrialTaken
 
-CHECKPOINTS_A_TRIAL = 10
-
 
 def launch(run: SweepRun, gang: Gang, trial: TrialRow) -> tuple[RunningAttempt, GangEnd | None] | None:
     """The attempt, and its end if it could not begin; None when another sweep that shares the trial runs it now."""
@@ -54,7 +52,6 @@ def launch(run: SweepRun, gang: Gang, trial: TrialRow) -> tuple[RunningAttempt, 
 
 
 def attempt_spec(run: SweepRun, gang: Gang, trial: TrialRow, row: AttemptRow, resume: ResumePoint) -> AttemptSpec:
-    """Without ``checkpoint.every_steps`` ten checkpoints over the schedule."""
     sweep, shape = run.sweep, gang.shape
     return AttemptSpec(
         fingerprint=trial.fingerprint,
@@ -68,7 +65,7 @@ def attempt_spec(run: SweepRun, gang: Gang, trial: TrialRow, row: AttemptRow, re
         backend=sweep.resources.backend,
         resume_checkpoint=None if resume.checkpoint is None else str(resume.checkpoint),
         resume_step=resume.step,
-        checkpoint_every_steps=sweep.checkpoint.every_steps or -(-trial.config.train.num_steps // CHECKPOINTS_A_TRIAL),
+        checkpoint_every_steps=sweep.checkpoint.steps_between(trial.config.train.num_steps),
         keep_checkpoints=sweep.checkpoint.keep,
         final_checkpoint=sweep.checkpoint.final,
         threads_per_rank=max(1, int(shape.cpus_per_rank)),

@@ -20,7 +20,7 @@ from orchestrator.report.mechanism_formats import (
 )
 from orchestrator.report.paper_form import to_latex, to_parquet
 from orchestrator.report.results import results
-from orchestrator.report.spending import Standing, budget_forecast, budget_lines, price_lines
+from orchestrator.report.spending import Standing, budget_forecast, budget_lines, disk_lines, price_lines
 from orchestrator.report.tables import tabulate
 from orchestrator.report.terminal import ResultsView, to_text
 from orchestrator.report.tree import ArmRow, Results, SweepHeading, TrialResult, VerdictTable
@@ -54,6 +54,7 @@ __all__ = [
     "budget_lines",
     "differences",
     "differences_to_json",
+    "disk_lines",
     "equal_to_csv",
     "equal_to_json",
     "explain",

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from models.accounting import checkpoint_bytes
+from orchestrator.report.figures import memory_text
 from orchestrator.sweep import limits
 
 if TYPE_CHECKING:
@@ -70,11 +72,11 @@ def price_lines(plan: Plan, states: Mapping[str, str], standing: Standing | None
     """Hours of devices for the sweep and hours of a trial, and at which throughput; or that none is known.
 
     At the pace of the sweep's own complete trials, which counts all their attempts with all that these held; before
-    there are any, at least what GPUs would take whose peak is known, at that peak.
+    there are any, at the throughput that the sweep names, or at least what GPUs would take at their peak.
     """
     if not plan.trials:
         return []
-    gpus = plan.sweep.resources.gpus > 0
+    gpus = _on_gpus(plan)
     device, measured = ("GPU", "gpu_hours") if gpus else ("CPU", "cpu_hours")
     taken = getattr(standing, measured) if standing else 0.0
     if standing is not None and taken and standing.flops:
@@ -82,10 +84,14 @@ def price_lines(plan: Plan, states: Mapping[str, str], standing: Standing | None
         rate = standing.flops / taken / 3600
         about, how = "about", f"{_complete_text(standing)} ({rate:.3g} FLOP/s a {device})"
         how = f"at the pace of {how}"
+    elif (given := plan.sweep.resources.expected_flops) is not None:
+        hours, about = _hours_at(given, plan, plan.trials), "about"
+        how = f"at resources.expected_flops ({given:.3g} FLOP/s a rank)"
     elif gpus and (at_peak := _hours_at_peak(plan, plan.trials)) is not None:
         hours, about, how = at_peak, "at least", "the GPUs at their peak all the time"
     else:
-        known = "once a trial of this sweep is complete" + (", or by resources.accelerator" if gpus else "")
+        known = "once a trial of this sweep is complete" + ", or by resources.expected_flops"
+        known += " or resources.accelerator" if gpus else ""
         return [f"price: unknown; a throughput is known {known}"]
     left = sum(one for trial, one in zip(plan.trials, hours, strict=True) if states.get(trial.fingerprint) not in _OVER)
     walls = sorted(one / _devices(trial, gpus) for trial, one in zip(plan.trials, hours, strict=True))
@@ -109,6 +115,9 @@ def _what_is_left(plan: Plan, left: Sequence[PlannedTrial], name: str, room: flo
     if standing is not None and measured and standing.flops:
         takes = flops * measured / standing.flops
         words = f"the rest takes about {hours_text(takes)}, at the pace of {_complete_text(standing)}"
+    elif (given := plan.sweep.resources.expected_flops) is not None and (name == "gpu_hours") == _on_gpus(plan):
+        takes = sum(_hours_at(given, plan, left))
+        words = f"the rest takes about {hours_text(takes)}, at resources.expected_flops"
     else:
         at_peak = _hours_at_peak(plan, left) if name == "gpu_hours" else None
         least = None if at_peak is None else sum(at_peak)
@@ -117,6 +126,28 @@ def _what_is_left(plan: Plan, left: Sequence[PlannedTrial], name: str, room: flo
         takes = least
         words = f"the rest takes at least {hours_text(takes)}, the GPUs at their peak all the time"
     return f"; {words}" + (f": {hours_text(takes - room)} more than there is" if takes > room else "")
+
+
+def _on_gpus(plan: Plan) -> bool:
+    return plan.sweep.resources.gpus > 0
+
+
+def _hours_at(rank_flops: float, plan: Plan, trials: Sequence[PlannedTrial]) -> list[float]:
+    """Device-hours of each, at so many FLOPs a second of a rank."""
+    devices = [one.resources.gpus if _on_gpus(plan) else one.resources.cpus for one in trials]
+    return [one.training_flops / rank_flops * held / 3600 for one, held in zip(trials, devices, strict=True)]
+
+
+def disk_lines(plan: Plan) -> list[str]:
+    """What the checkpoints that stay will take, when every trial has ended. Nothing without trials."""
+    if not plan.trials:
+        return []
+    sizes = [checkpoint_bytes(trial.config) for trial in plan.trials]
+    kept = [plan.sweep.checkpoint.num_kept(trial.config.train.num_steps) for trial in plan.trials]
+    total = sum(size * number for size, number in zip(sizes, kept, strict=True))
+    span = " to ".join(dict.fromkeys(memory_text(size) for size in (min(sizes), max(sizes))))
+    each = f"{max(kept)} a trial" if len(set(kept)) == 1 else f"{min(kept)} to {max(kept)} a trial"
+    return [f"disk: {memory_text(total)} of checkpoints at the end: {each}, {span} each; one more while a trial writes"]
 
 
 def _hours_at_peak(plan: Plan, trials: Sequence[PlannedTrial]) -> list[float] | None:

@@ -83,6 +83,8 @@ class ResourcesConfig(Frozen):
     """Of one rank. None: the accelerator's; of unknown GPUs 79.5; on the CPU without a limit."""
     peak_flops: Positive | None = None
     """FLOPs a second of one rank at best: what utilisation is measured by. None: the accelerator's, if it is named."""
+    expected_flops: Positive | None = None
+    """FLOPs a second that one rank is thought to reach: what ``plan`` prices by until trials are complete."""
 
     by: Annotated[tuple[ResourcesRule, ...], BeforeValidator(as_tuple)] = Field(
         default=(), description="a list of rules such as [{where: {arm: large}, layout: {tensor: 2}}]"

@@ -174,6 +174,15 @@ class CheckpointConfig(Frozen):
     final: bool = True
     """One more at the end of the schedule: what a finished trial is exported and measured from."""
 
+    def steps_between(self, num_steps: int) -> int:
+        """Checkpoints of a trial of so many steps."""
+        return self.every_steps or -(-num_steps // 10)
+
+    def num_kept(self, num_steps: int) -> int:
+        """Of a complete trial."""
+        whole, rest = divmod(num_steps, self.steps_between(num_steps))
+        return min(self.keep, whole + (self.final and rest > 0))
+
 
 class Settings(Frozen):
     """The keys of a sweep file that are no grammar of cells."""
