@@ -26,9 +26,9 @@ RUNGS_ALONE = 5
 RUNGS_SHARED = 3
 EXTRAPOLATION = 2.0
 """How far beyond the baseline's rungs its law is believed, as a factor of the size."""
-LARGE_MISS = 4.0
-"""In SDs: a law that misses its largest rung by more gives no speed-up. Few seeds tell their SD badly, so not 2."""
-NOTED_MISS = 2.0
+LARGE_MISS, NOTED_MISS = 0.001, 0.05
+"""Chances, by Student's t, of a miss as large where the law holds: below the first there is no speed-up, below the
+second a note."""
 RESAMPLES = 399
 
 Form = Literal["own", "shared"]
@@ -70,13 +70,23 @@ class ScalingLaw:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """The arm's largest rung beside what a law of the others foretells. ``sds``: the miss as a multiple of its SD."""
+    """The arm's largest rung beside what a law of the others foretells.
+
+    ``sds``: the miss as a multiple of the SD of the prediction and of the rung's mean together, the latter by the
+    variance pooled over the rungs, of which ``degrees`` are the degrees of freedom.
+    """
 
     arm: str
     size: float
     loss_nats: float
     predicted_nats: float
     sds: float | None
+    degrees: int = 0
+
+    def is_beyond(self, chance: float) -> bool:
+        from scipy.stats import t
+
+        return self.sds is not None and bool(2 * t.sf(abs(self.sds), self.degrees) < chance)
 
     @property
     def miss_nats(self) -> float:
@@ -155,21 +165,19 @@ def fit_ladder(points: Sequence[RungLosses], baseline: str, resamples: int = RES
         left_out = [one for group in groups for one in _leave_largest_out(group, enough, reference, resamples)]
     else:
         problems.append(f"no check against the largest rung: without it fewer than {RUNGS_SHARED} would be left")
-    missed = {one.arm: one for one in left_out if one.sds is not None and abs(one.sds) > NOTED_MISS}
+    missed = {one.arm: one for one in left_out if one.is_beyond(NOTED_MISS)}
     problems += [f"{arm}: {_missed(one)}; its law and what follows from it may not hold" for arm, one in missed.items()]
     speed_ups: list[SpeedUp] = []
     if baseline in enough:
         for arm in (arm for arm in enough if arm != baseline):
-            bad = next((one for one in (missed.get(baseline), missed.get(arm)) if one and _is_large(one)), None)
+            bad = next(
+                (one for one in (missed.get(baseline), missed.get(arm)) if one and one.is_beyond(LARGE_MISS)), None
+            )
             if bad is None:
                 speed_ups.append(_speed_up(arm, baseline, fits, enough, reference))
             else:
                 speed_ups.append(SpeedUp(arm, enough[arm][-1].size, None, f"of {bad.arm} {_missed(bad)}"))
     return LadderLaws("own" if own else "shared", laws, tuple(left_out), tuple(speed_ups), tuple(problems))
-
-
-def _is_large(one: LeftOut) -> bool:
-    return one.sds is not None and abs(one.sds) > LARGE_MISS
 
 
 def _missed(one: LeftOut) -> str:
@@ -237,6 +245,9 @@ def _leave_largest_out(
 ) -> list[LeftOut]:
     """All the arms lose their largest rung at once: a shared floor that saw another arm's would know too much."""
     fit = _fit(arms, {arm: rungs[arm][:-1] for arm in arms}, reference, resamples)
+    several = [one.losses_nats for arm in arms for one in rungs[arm] if len(one.losses_nats) > 1]
+    degrees = sum(len(losses) - 1 for losses in several)
+    pooled = sum((len(losses) - 1) * variance(losses) for losses in several) / degrees if degrees else 0.0
     found = []
     for arm in arms:
         last = rungs[arm][-1]
@@ -244,9 +255,9 @@ def _leave_largest_out(
         predicted = floor + amplitude * (last.size / reference) ** -exponent
         mean, sds = fmean(last.losses_nats), None
         if len(predicted) > 1 and len(last.losses_nats) > 1:
-            spread = predicted[1:].var() + variance(last.losses_nats) / len(last.losses_nats)
+            spread = predicted[1:].var() + pooled / len(last.losses_nats)
             sds = float((mean - predicted[0]) / math.sqrt(spread)) if spread > 0.0 else None
-        found.append(LeftOut(arm, last.size, mean, float(predicted[0]), sds))
+        found.append(LeftOut(arm, last.size, mean, float(predicted[0]), sds, degrees))
     return found
 
 
