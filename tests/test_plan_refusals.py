@@ -198,7 +198,7 @@ WHOLE = [
     (SMALL.replace("lr: 1e-3", "lr: {of: train.epsilon, times: 1, power: 2}, epsilon: -1"), "got -1"),
     (SMALL.replace("lr: 1e-3", "lr: {of: train.weight_decay, times: 1, power: -1}, weight_decay: 0.0"), "train.weight_decay is 0, of which there is no power"),
     (SMALL.replace(", lr: 1e-3", "").replace("{gate: {position: sdpa}}", "{data: {sequence_length: 64}}") + "axes: {train.lr: {of: data.sequence_length, times: [1e-5, 2e-5]}}\n", "arm g1 sets data.sequence_length, so its values would not be the other arms'"),
-    (SMALL.replace("preset: cpu-tiny", "preset: cpu-tiny, ffn_size: {of: model.num_parameters, times: 1}"), "model.num_parameters, which has no value here"),
+    (SMALL.replace("preset: cpu-tiny", "preset: cpu-tiny, ffn_size: {of: model.num_parameters, times: 1}"), "derived values in a circle: model.num_parameters -> model.ffn_size -> model.num_parameters"),
     (SMALL.replace("lr: 1e-3", "lr: {of: train.epsilon, times: 2}, epsilon: {of: train.lr, times: 2}"), "derived values in a circle: train.lr -> train.epsilon -> train.lr"),
     (SMALL.replace("tokens: 8192", "tokens: {of: train.lr, times: 3}"), "x.yaml:6:19: base.train.tokens: 3 times train.lr 0.001: got 0.003; allowed: a whole number of at least 1"),
     (SMALL.replace("lr: 1e-3", "lr: {of: gate.scale, times: 1}").replace("none: {}", "none: {gate: {position: key}}").replace("{gate: {position: sdpa}}", "{}"), "x.yaml:6:49: base.train.lr: is a multiple of gate.scale, which has no value here (arm g1)"),

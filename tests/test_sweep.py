@@ -260,11 +260,14 @@ def test_a_derived_value_is_checked(value, said):
 
 
 def test_an_axis_may_have_several_factors_of_one_rule():
-    axis = "axes: {{train.lr: {{of: model.hidden_size, times: {}, power: -1}}}}\n"
-    found = parse(GOOD + axis.format("[0.5, 1]"), "x.yaml").axes["train.lr"]
+    rule = "{{of: model.hidden_size, times: {}, power: -1}}"
+    found = parse(edited("[1e-3, 4e-3]", rule.format("[0.5, 1]")), "x.yaml").axes["train.lr"]
     assert found == tuple(Derived(of="model.hidden_size", times=times, power=-1.0) for times in (0.5, 1.0))
     for times in ("[]", "[1, 1]"):
-        refused(GOOD + axis.format(times), said="times: got a list; allowed: a number, or a list of numbers, each once")
+        refused(
+            edited("[1e-3, 4e-3]", rule.format(times)),
+            said="times: got a list; allowed: a number, or a list of numbers, each once",
+        )
 
 
 def test_only_numbers_can_be_derived():
