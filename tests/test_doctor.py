@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from models import trust
 from orchestrator import cli, doctor
 from orchestrator.doctor import Finding, Level, machine, nodes, services
 from orchestrator.gang import Node
@@ -181,7 +182,8 @@ def examined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, of_node: Callable[
 def test_every_node_is_examined_and_what_lies_between_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     found = examined(tmp_path, monkeypatch, lambda *_: None)
     assert {one.level for one in found.values()} == {Level.OK}
-    assert list(found) == ["a: disk", "b: disk", "a: clock", "b: clock", ": shared path", ": all-reduce by gloo"]
+    between = [": shared path", ": signing key", ": all-reduce by gloo"]
+    assert list(found) == ["a: disk", "b: disk", "a: clock", "b: clock", *between]
     assert found[": all-reduce by gloo"].said == "2 nodes: 2.50 GB/s"
 
 
@@ -206,6 +208,26 @@ def test_a_path_that_a_node_does_not_share_is_a_problem(tmp_path: Path, monkeypa
 
     found = examined(tmp_path, monkeypatch, of_node)[": shared path"]
     assert (found.level, "a, b can't see the files" in found.said) == (Level.PROBLEM, True)
+
+
+@pytest.mark.parametrize("of_b", ["89abcdef", trust.Untrusted("others can read it")])
+def test_nodes_with_other_signing_keys_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, of_b: object):
+    """b's answer is another digest, or none, as its key can't be used; the key itself is never asked for."""
+    answers = {"a": "01234567", "b": of_b}
+    found = examined(tmp_path, monkeypatch, lambda host, name, _: answers[host] if name == "_key_id" else None)
+    key = found[": signing key"]
+    assert (key.level, trust.KEY_FILE_VARIABLE in key.mend) == (Level.WARNING, True)
+    assert "a: 01234567" in key.said
+    assert str(of_b) in key.said
+    same = examined(tmp_path, monkeypatch, lambda _, name, __: "01234567" if name == "_key_id" else None)
+    assert same[": signing key"].level is Level.OK
+
+
+def test_a_question_for_the_signing_key_makes_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(trust.KEY_FILE_VARIABLE, str(tmp_path / "key"))
+    assert nodes._key_id() is None
+    key = trust.read_key()
+    assert nodes._key_id() == trust.key_id() != key[:8]
 
 
 def test_a_clock_that_is_off_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from models import trust
 from orchestrator.doctor.finding import Finding, Level
 from orchestrator.doctor.machine import child_answer, collective_finding, examine, start_child
 from orchestrator.doctor.services import check_ports, skew_finding
@@ -38,6 +39,7 @@ def examine_nodes(cluster: Cluster, home: Path) -> list[Finding]:
         findings += [dataclasses.replace(one, host=node.host) for one in of_node]
     findings += _clocks(cluster, sound)
     findings.append(_shared(cluster, sound, home))
+    findings.append(_keys(cluster, sound))
     if len(sound) > 1:
         gpus = all(any(one.check == "gpu 0" and one.host == node.host for one in findings) for node in sound)
         findings.append(_between(cluster, sound, "cuda" if gpus else "cpu"))
@@ -46,6 +48,25 @@ def examine_nodes(cluster: Cluster, home: Path) -> list[Finding]:
 
 def _on_node(home: str) -> tuple[str, list[Finding]]:
     return source_hash(), [*examine(Path(home)), *check_ports()]
+
+
+def _keys(cluster: Cluster, nodes: list[Node]) -> Finding:
+    """Whether a controller on another node could resume what is signed here. Told by a digest of each key, no more."""
+    answers = cluster.on_nodes([(node, _key_id, ()) for node in nodes])
+    nodes_of: dict[str, list[str]] = {}
+    for node, answer in zip(nodes, answers, strict=True):
+        said = f"unusable ({answer})" if isinstance(answer, Exception) else answer or "none yet"
+        nodes_of.setdefault(said, []).append(node.host)
+    told = "; ".join(f"{', '.join(hosts)}: {said}" for said, hosts in nodes_of.items())
+    if len(nodes_of) < 2 and not any(isinstance(answer, Exception) for answer in answers):
+        return Finding("signing key", Level.OK, f"the same on {len(nodes)} node(s): {next(iter(nodes_of), 'none')}")
+    mend = f"copy one key to every node where a controller may run (mode 600), or name it by {trust.KEY_FILE_VARIABLE}"
+    return Finding("signing key", Level.WARNING, f"{told}; a controller refuses what another key signed", mend)
+
+
+def _key_id() -> str | None:
+    """None without a key; none is made for the question."""
+    return trust.key_id() if trust.key_path().exists() else None
 
 
 def _clocks(cluster: Cluster, nodes: list[Node]) -> list[Finding]:
