@@ -266,7 +266,7 @@ def test_an_axis_may_have_several_factors_of_one_rule():
     for times in ("[]", "[1, 1]"):
         refused(
             edited("[1e-3, 4e-3]", rule.format(times)),
-            said="times: got a list; allowed: a number, or a list of numbers, each once",
+            said=" list; allowed: a number, or a list of numbers, each once",
         )
 
 
