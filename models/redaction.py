@@ -9,13 +9,16 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from typing import Any
 from urllib.parse import unquote
 
 REDACTED = "***"
 _LEAST_CHARACTERS = 6
 """A shorter value is no secret worth the name, and would be cut out of innocent words."""
+
+_SHORT_CHARACTERS = 200
 
 _SECRET_NAME = re.compile(
     r"(^|_)(PASSWORDS?|PASSWD|PASS|PGPASSWORD|SECRETS?|TOKEN|API_?KEY|ACCESS_?KEY|SECRET_?KEY|PRIVATE_?KEY|CREDENTIALS?)"
@@ -61,25 +64,54 @@ def hide(secret: str | None) -> None:
 
 def redacted(text: str) -> str:
     """``text`` with ``***`` in the place of every credential that is known for one."""
-    for pattern, replacement in _BY_PLACE:
-        text = pattern.sub(replacement, text)
-    text = _BY_SHAPE.sub(REDACTED, text)
-    # The longest first: one may be the beginning of another.
-    for value in sorted(_hidden.union(_of_environment()), key=len, reverse=True):
+    return _without(text, _known_values())
+
+
+def redacted_content(content: Any) -> Any:
+    """The same of every text in what becomes JSON; keys stay."""
+    return _content_without(content, _known_values())
+
+
+def _content_without(content: Any, values: Iterable[str]) -> Any:
+    if isinstance(content, str):
+        return _without(content, values)
+    if isinstance(content, dict):
+        return {key: _content_without(value, values) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_content_without(value, values) for value in content]
+    return content
+
+
+def _without(text: str, values: Iterable[str]) -> str:
+    text = _told_by_form(text) if len(text) > _SHORT_CHARACTERS else _short_told_by_form(text)
+    for value in values:
         if value in text:
             text = re.sub(rf"(?<!\w){re.escape(value)}(?!\w)", REDACTED, text)
     return text
 
 
-def redacted_content(content: Any) -> Any:
-    """The same of every text in what becomes JSON; keys stay."""
-    if isinstance(content, str):
-        return redacted(content)
-    if isinstance(content, dict):
-        return {key: redacted_content(value) for key, value in content.items()}
-    if isinstance(content, list | tuple):
-        return [redacted_content(value) for value in content]
-    return content
+def _told_by_form(text: str) -> str:
+    for pattern, replacement in _BY_PLACE:
+        text = pattern.sub(replacement, text)
+    return _BY_SHAPE.sub(REDACTED, text)
+
+
+_short_told_by_form = lru_cache(maxsize=256)(_told_by_form)
+"""Every attempt stores the same versions and hashes."""
+
+
+_known: tuple[dict[Any, Any], set[str], tuple[str, ...]] = {}, set(), ()
+"""The environment and what was hidden when it was last searched for secrets, which takes a millisecond; and those."""
+
+
+def _known_values() -> tuple[str, ...]:
+    """What is cut out by value. The longest first: one may be the beginning of another."""
+    global _known
+    # Its own dictionary, where there is one: by the mapping's face every look decodes all of it.
+    seen = dict(getattr(os.environ, "_data", os.environ)), set(_hidden)
+    if seen != _known[:2]:
+        _known = *seen, tuple(sorted(_hidden.union(_of_environment()), key=len, reverse=True))
+    return _known[2]
 
 
 def _of_environment() -> Iterator[str]:

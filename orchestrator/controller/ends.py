@@ -9,7 +9,7 @@ from orchestrator.controller.snapshot import about
 from orchestrator.controller.sweep_run import SweepRun
 from orchestrator.failures import DISK_FULL, DISK_READ_ONLY, HANG, PREEMPTED, Consequence, Ending, consequence
 from orchestrator.gang import GangEnd
-from orchestrator.store import CONTROLLER_LOST, FinishedIsFinal, TrialRow
+from orchestrator.store import CONTROLLER_LOST, FinishedIsFinal
 
 
 def end_attempt(run: SweepRun, attempt: RunningAttempt, end: GangEnd) -> None:
@@ -57,14 +57,16 @@ def _let_go(run: SweepRun, attempt: RunningAttempt, taken: FinishedIsFinal) -> N
 
 
 def _consequence(run: SweepRun, attempt: RunningAttempt, end: GangEnd, log_tail: str) -> Consequence:
-    attempts = run.store.attempts(attempt.trial.fingerprint)
-    earlier = [one for one in attempts if attempt.trial.reopened_after < one.number < attempt.row.number]
+    """A first attempt, as most are, needs no look at those before it."""
+    reopened_after, number = attempt.trial.reopened_after, attempt.row.number
+    attempts = run.store.attempts(attempt.trial.fingerprint) if number > reopened_after + 1 else []
+    earlier = [one for one in attempts if reopened_after < one.number < number]
     ending = Ending(end.summary, end.error, end.rank_died, attempt.wish, end.exit_code, log_tail)
     return consequence(ending, earlier, run.sweep.retry)
 
 
 def _tell(run: SweepRun, attempt: RunningAttempt, result: Consequence) -> None:
-    loss = _final_loss(run, attempt.trial) if result.state == "COMPLETE" else None
+    loss = _final_loss(run, attempt) if result.state == "COMPLETE" else None
     if result.state not in ("WAITING", "CANCELED"):
         told = (result.state, loss, result.cause, result.reason, result.end_step)
         run.search.tell(attempt.trial.fingerprint, *told)
@@ -72,9 +74,11 @@ def _tell(run: SweepRun, attempt: RunningAttempt, result: Consequence) -> None:
         run.view.tell(attempt.ended_line(result, loss))
 
 
-def _final_loss(run: SweepRun, trial: TrialRow) -> float | None:
-    """The last validation on the slice."""
-    measured = [row for row in run.store.curve(trial.fingerprint).validations if row.split == "slice"]
+def _final_loss(run: SweepRun, attempt: RunningAttempt) -> float | None:
+    """The last validation on the slice; an earlier attempt's, where this one had nothing left to do."""
+    if attempt.validation is not None:
+        return attempt.validation.loss_nats
+    measured = [row for row in run.store.curve(attempt.trial.fingerprint).validations if row.split == "slice"]
     return measured[-1].loss_nats if measured else None
 
 

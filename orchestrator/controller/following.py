@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from models import run_dir
-from models.run_dir import Record, StepRecord
+from models.run_dir import Record
 from orchestrator.controller.running import RunningAttempt, up_to
 from orchestrator.controller.sweep_run import SweepRun
 from orchestrator.failures import HANG, Wish
@@ -28,8 +28,7 @@ def follow(run: SweepRun, attempts: Sequence[RunningAttempt]) -> list[tuple[Runn
     now = run.clock.monotonic()
     for attempt, records in news:
         for record in records:
-            if isinstance(record, StepRecord):
-                attempt.observe(record, now)
+            attempt.observe(record, now)
     return ends
 
 

@@ -69,12 +69,17 @@ class GangPool:
         """By the gang's id(): what it takes of each node."""
         self._begun: dict[int, float] = {}
         self._spent: list[Gang] = []
+        self._gpu_units = 0
+        """Of all gangs."""
+        self._could_hold: dict[GangShape, bool] = {}
+        """By what ``read_nodes`` found."""
         self.room = Room({})
         self.read_nodes()
         for shape in self.shapes:
             refuse_too_large(shape, self.nodes.values())
         if not all(number_of_gangs(shape, self._sizes()) for shape in self.shapes):
             self.excluded = set()  # a sweep that goes on badly beats one that stands still
+            self.read_nodes()
 
     # -- the cluster ----------------------------------------------------------------------------------------
 
@@ -89,6 +94,7 @@ class GangPool:
                 theirs = minus(minus(node.total, node.available), mine)
                 free[node.id] = minus(minus(node.total, mine), (max(0, theirs[0]), max(0, theirs[1])))
         self.room = Room(free)
+        self._could_hold = {}
 
     def _ours(self) -> dict[str, Amount]:
         ours: dict[str, Amount] = {}
@@ -102,7 +108,9 @@ class GangPool:
         return [node.total for node in self.nodes.values() if node.id not in gone]
 
     def could_hold(self, shape: GangShape) -> bool:
-        return number_of_gangs(shape, self._sizes()) > 0
+        if shape not in self._could_hold:
+            self._could_hold[shape] = number_of_gangs(shape, self._sizes()) > 0
+        return self._could_hold[shape]
 
     # -- the gangs ------------------------------------------------------------------------------------------
 
@@ -119,7 +127,7 @@ class GangPool:
 
     def in_use(self) -> tuple[int, float]:
         """Gangs and their GPUs."""
-        return len(self.gangs), sum(gang.shape.num_gpus for gang in self.gangs)
+        return len(self.gangs), self._gpu_units / UNITS
 
     def follow_starts(self) -> None:
         """Raises UserError when none can be started."""
@@ -153,6 +161,7 @@ class GangPool:
 
     def _hold(self, gang: Gang, nodes: Sequence[str]) -> None:
         self.gangs.append(gang)
+        self._gpu_units += _gpu_units(gang)
         self._begun[id(gang)] = self.clock.monotonic()
         bundle = gang.shape.bundle_units
         held = {node: times(bundle, number) for node, number in Counter(nodes).items()}
@@ -183,6 +192,7 @@ class GangPool:
 
     def _release(self, gang: Gang) -> None:
         self.gangs.remove(gang)
+        self._gpu_units -= _gpu_units(gang)
         del self._begun[id(gang)]
         for node, amount in self._held.pop(id(gang)).items():
             self.room.change(node, amount)
@@ -250,6 +260,10 @@ class GangPool:
             gang.dismiss()
         if self.lease_file:
             self.lease_file.remove()
+
+
+def _gpu_units(gang: Gang) -> int:
+    return round(gang.shape.num_gpus * UNITS)
 
 
 def _place(member: dict[str, Any]) -> tuple[str, str]:

@@ -12,6 +12,7 @@ import heapq
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 from orchestrator.controller.clock import Clock
 from orchestrator.gang import GangShape
@@ -20,7 +21,8 @@ from orchestrator.store import Store, TrialRow
 CLOCK_SKEW = timedelta(seconds=10)
 """By how much the clocks of those who write into the store may differ."""
 FULL_READ_SECONDS = 300.0
-"""Reading all of them anew finds what a clock that was further off has hidden."""
+"""A look at all of them finds what a clock that was further off has hidden, and what is no longer the sweep's."""
+_EVER = datetime.min.replace(tzinfo=UTC)
 
 Place = tuple[int, str]
 """Position and fingerprint."""
@@ -32,8 +34,10 @@ class KnownTrials:
     def __init__(self, store: Store, sweep_id: int, clock: Clock, shape_of: Callable[[TrialRow], GangShape]) -> None:
         self._store, self._sweep_id, self._clock, self._shape_of = store, sweep_id, clock, shape_of
         self._shapes: dict[str, GangShape] = {}
+        self._alike: dict[GangShape, GangShape] = {}
+        """One object for each shape: they are compared at every turn."""
         self._rows: dict[str, TrialRow] = {}
-        self._since = datetime.min.replace(tzinfo=UTC)
+        self._since = _EVER
         self._all_read_at = -float("inf")
         self._later: list[tuple[float, str]] = []
         """When those that failed lately may be tried again, a heap."""
@@ -57,34 +61,46 @@ class KnownTrials:
     def shape(self, trial: TrialRow) -> GangShape:
         known = self._shapes.get(trial.fingerprint)
         if known is None:
-            known = self._shapes[trial.fingerprint] = self._shape_of(trial)
+            shape = self._shape_of(trial)
+            known = self._shapes[trial.fingerprint] = self._alike.setdefault(shape, shape)
         return known
 
     def read(self, everything: bool = False) -> None:
         """What changed since the last reading; ``everything``: also what was added or is no longer the sweep's."""
         now, asked = self._clock.monotonic(), datetime.now(UTC)
-        changes = []
-        if not everything and now - self._all_read_at <= FULL_READ_SECONDS:
-            changes = self._store.trial_changes(self._sweep_id, self._since)
-            everything = any(change["fingerprint"] not in self._rows for change in changes)
-        if everything or now - self._all_read_at > FULL_READ_SECONDS:
+        changes: list[dict[str, Any]] = []
+        looks_at_all = now - self._all_read_at > FULL_READ_SECONDS
+        if self._rows and not everything:
+            changes = self._store.trial_changes(self._sweep_id, _EVER if looks_at_all else self._since)
+            known = all(self._is_known(change) for change in changes)
+            everything = not known or (looks_at_all and len(changes) != len(self._rows))
+        if everything or not self._rows:
             rows = self._store.trials(self._sweep_id)
             self._forget()
-            self._all_read_at = now
-        else:
-            rows = [dataclasses.replace(self._rows[change["fingerprint"]], **change) for change in changes]
-        for row in rows:
-            if self._rows.get(row.fingerprint) != row:
+            for row in rows:
                 self._put(row)
+        for change in changes if not everything else ():
+            old = self._rows[change["fingerprint"]]
+            if any(getattr(old, name) != value for name, value in change.items()):
+                self._put(dataclasses.replace(old, **change))
+        if everything or looks_at_all:
+            self._all_read_at = now
         self._since, self.read_at = asked - CLOCK_SKEW, now
 
-    def note(self, trial: TrialRow, state: str, not_before: float = 0.0) -> None:
+    def _is_known(self, change: dict[str, Any]) -> bool:
+        """Otherwise the sweep was submitted anew."""
+        old = self._rows.get(change["fingerprint"])
+        return old is not None and (old.arm, old.position) == (change["arm"], change["position"])
+
+    def note(self, trial: TrialRow, state: str, not_before: float = 0.0, num_attempts: int | None = None) -> None:
         """What this controller has just written. ``not_before``: when it may be tried again, in the clock's time."""
         self._not_before.pop(trial.fingerprint, None)
         if not_before > self._clock.monotonic():
             self._not_before[trial.fingerprint] = not_before
             heapq.heappush(self._later, (not_before, trial.fingerprint))
-        self._put(dataclasses.replace(self._rows.get(trial.fingerprint, trial), state=state))
+        known = self._rows.get(trial.fingerprint, trial)
+        number = known.num_attempts if num_attempts is None else num_attempts
+        self._put(dataclasses.replace(known, state=state, num_attempts=number))
 
     def wake(self) -> None:
         """Those whose time has come join the queues."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from models import run_dir
 from models.run_dir import AttemptSpec
 from orchestrator.controller.adoption import gang_facts
@@ -16,29 +18,18 @@ from orchestrator.store import AttemptRow, TrialRow, TrialTaken
 
 def launch(run: SweepRun, gang: Gang, trial: TrialRow) -> tuple[RunningAttempt, GangEnd | None] | None:
     """The attempt, and its end if it could not begin; None when another sweep that shares the trial runs it now."""
-    directory = run_dir.trial_dir(run.home, trial.fingerprint)
-    earlier = run.store.attempts(trial.fingerprint)
-    resume = resume_point(directory, earlier)
-    recover_records(run.store, run.lease, directory, earlier, resume.step)
-    try:
-        row = run.store.start_attempt(
-            run.lease,
-            trial.fingerprint,
-            layout=gang.shape.layout,
-            provenance={**provenance(), **data_hashes(trial.config), **gang_facts(gang)},
-            resume_step=resume.step,
-            resumed_from=resume.attempt,
-            cpus=gang.shape.cpus_per_rank * gang.shape.layout.world_size,
-            gpus=gang.shape.gpus_per_rank * gang.shape.layout.world_size,
-            hosts=[member["host"] for member in gang.members],
-        )
-    except TrialTaken:
+    claimed = None if trial.num_attempts else _claim(run, gang, trial, [])
+    if claimed is None:  # it was tried before, or by somebody else since the trials were read
+        claimed = _claim(run, gang, trial, run.store.attempts(trial.fingerprint))
+    if claimed is None:
         return None
+    row, resume = claimed
     spec = attempt_spec(run, gang, trial, row, resume)
+    directory = Path(spec.trial_dir)
     run.search.ask(trial.fingerprint, curve_until(run.store, trial.fingerprint, resume.step))
     attempt = RunningAttempt(trial, row, spec, gang, run.clock.monotonic())
     run.running.append(attempt)
-    run.trials.note(trial, "RUNNING")
+    run.trials.note(trial, "RUNNING", num_attempts=row.number)
     again = f", attempt {row.number} from step {resume.step}" if row.number > 1 else ""
     with about(trial.fingerprint, row.number):
         run.view.tell(f"started   {trial_name(trial)}{again}")
@@ -49,6 +40,31 @@ def launch(run: SweepRun, gang: Gang, trial: TrialRow) -> tuple[RunningAttempt, 
         return attempt, GangEnd(summary=None, error=f"{type(error).__name__}: {error}")
     gang.launch(spec)
     return attempt, None
+
+
+def _claim(
+    run: SweepRun, gang: Gang, trial: TrialRow, earlier: list[AttemptRow]
+) -> tuple[AttemptRow, ResumePoint] | None:
+    """None when the trial is not waiting, or had other attempts than ``earlier``."""
+    directory = run_dir.trial_dir(run.home, trial.fingerprint)
+    resume = resume_point(directory, earlier)
+    recover_records(run.store, run.lease, directory, earlier, resume.step)
+    try:
+        row = run.store.start_attempt(
+            run.lease,
+            trial.fingerprint,
+            layout=gang.shape.layout,
+            provenance={**provenance(), **data_hashes(trial.config), **gang_facts(gang)},
+            num_earlier=len(earlier),
+            resume_step=resume.step,
+            resumed_from=resume.attempt,
+            cpus=gang.shape.cpus_per_rank * gang.shape.layout.world_size,
+            gpus=gang.shape.gpus_per_rank * gang.shape.layout.world_size,
+            hosts=[member["host"] for member in gang.members],
+        )
+    except TrialTaken:
+        return None
+    return row, resume
 
 
 def attempt_spec(run: SweepRun, gang: Gang, trial: TrialRow, row: AttemptRow, resume: ResumePoint) -> AttemptSpec:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
-from models.run_dir import AttemptSpec, Record, StepRecord
+from models.run_dir import AttemptSpec, Record, StepRecord, ValidationRecord
 from orchestrator.controller.snapshot import Running
 from orchestrator.failures import NONFINITE, Consequence, Wish
 from orchestrator.gang import Gang, Landing
@@ -22,7 +23,7 @@ def trial_name(trial: TrialRow) -> str:
     return " ".join([trial.arm, *axes, f"seed={trial.seed}"])
 
 
-@dataclass
+@dataclass(eq=False)
 class RunningAttempt:
     """The gang at work, how far its records were read, and why it was told to stop, if it was."""
 
@@ -39,12 +40,15 @@ class RunningAttempt:
     wish: Wish | None = None
     landing: Landing | None = None
     """Once all is measured, and the gang may be at the next trial: what the end still waits for."""
+    validation: ValidationRecord | None = None
+    """The last one on the slice that this attempt has written."""
     last: StepRecord | None = None
     _progress: tuple[int, int] = (0, 0)
     _heard_at: float | None = None
     _recent_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=20))
+    _step_seconds: float | None = None
 
-    @property
+    @cached_property
     def name(self) -> str:
         return trial_name(self.trial)
 
@@ -56,9 +60,14 @@ class RunningAttempt:
     def steps_left(self) -> int:
         return self.trial.config.train.num_steps - self.step
 
-    def observe(self, record: StepRecord, now: float) -> None:
+    def observe(self, record: Record, now: float) -> None:
+        if isinstance(record, ValidationRecord) and record.split == "slice":
+            self.validation = record
+        if not isinstance(record, StepRecord):
+            return
         self.last, self.observed_at = record, now
         self._recent_seconds.append(self.trial.config.train.batch_tokens / record.tokens_per_second)
+        self._step_seconds = sum(self._recent_seconds) / len(self._recent_seconds)
 
     def note(self, progress: tuple[int, int], now: float) -> None:
         """Bytes of metrics and micro-batches that the attempt has behind it."""
@@ -80,7 +89,7 @@ class RunningAttempt:
 
     def step_seconds(self) -> float | None:
         """Mean over the last steps; None before the first."""
-        return sum(self._recent_seconds) / len(self._recent_seconds) if self._recent_seconds else None
+        return self._step_seconds
 
     def line(self) -> Running:
         pace = self.step_seconds()

@@ -269,6 +269,9 @@ class Schedule:
     def _reserve(self, place: Place, shape: GangShape) -> Reservation | None:
         """By the expected ends of all that holds room; None while reservations of others leave no room to come."""
         now, start = self._clock.monotonic(), self._pool.pace.start_seconds
+        soonest = self._soonest(shape, now)
+        if soonest is not None and soonest[0] <= now + start:  # no room comes sooner
+            return Reservation(place, soonest[0] + start, gang=soonest[1])
         ends = self._ends(now)
         of_shape = min(
             (
@@ -301,6 +304,17 @@ class Schedule:
         held = self._would_hold(shape, nodes)
         spare = {node: minus(caps if node == CAPS else free[node], amount) for node, amount in held.items()}
         return Reservation(place, ready, nodes=list(dict.fromkeys(nodes)), spare=spare)
+
+    def _soonest(self, shape: GangShape, now: float) -> tuple[float, Gang] | None:
+        """The gang of a shape at work that is expected to be idle first, without a look at all others."""
+        pace = self._pool.pace
+        of_shape = (
+            (now + pace.remaining(attempt, now), number)
+            for number, attempt in enumerate(self._running)
+            if attempt.gang.shape == shape and attempt.landing is None
+        )
+        end, number = min(of_shape, default=(0.0, -1))
+        return None if number < 0 else (end, self._running[number].gang)
 
     def _ends(self, now: float) -> list[tuple[float, Gang]]:
         """When each gang is expected to be idle."""

@@ -66,6 +66,15 @@ class GangShape:
     def __hash__(self) -> int:
         return self._hash
 
+    def __eq__(self, other: object) -> bool:
+        """Asked for each gang and trial again and again, and most are the very same."""
+        if self is other or not isinstance(other, GangShape):
+            return self is other
+        if self._hash != other._hash:
+            return False
+        amounts = (other.cpus_per_rank, other.gpus_per_rank, other.placement)
+        return self.layout == other.layout and (self.cpus_per_rank, self.gpus_per_rank, self.placement) == amounts
+
     def __str__(self) -> str:
         rank = {"CPU": self.cpus_per_rank, "GPU": self.gpus_per_rank}
         amounts = " + ".join(f"{amount:g} {name}" for name, amount in rank.items() if amount)

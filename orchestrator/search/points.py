@@ -7,7 +7,12 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
 from optuna.trial import TrialState
 
 TOLD = {
@@ -32,13 +37,16 @@ class PlannedCell(Protocol):
 
 
 def distributions(cells: Sequence[PlannedCell]) -> dict[str, BaseDistribution]:
-    """Optuna's search space over enumerated cells: ``arm``, ``seed`` and text axes categorical, numeric axes floats.
+    """Optuna's search space over enumerated cells: ``arm`` and text axes categorical, numeric axes floats.
 
-    A numeric axis is logarithmic when it is positive and spans a factor of 4 or more. Lists and mappings become JSON.
+    ``seed`` is a whole number, although seeds have no order: Optuna compares all choices at every ask and tell, and
+    there may be thousands. A numeric axis is logarithmic when it is positive and spans a factor of 4 or more. Lists
+    and mappings become JSON.
     """
+    seeds = [cell.seed for cell in cells]
     space: dict[str, BaseDistribution] = {
         "arm": CategoricalDistribution(list(dict.fromkeys(cell.arm for cell in cells))),
-        "seed": CategoricalDistribution(sorted({cell.seed for cell in cells})),
+        "seed": IntDistribution(min(seeds), max(seeds)),
     }
     for axis in dict.fromkeys(axis for cell in cells for axis in cell.axes):
         values = [cell.axes[axis] for cell in cells if axis in cell.axes]

@@ -122,6 +122,8 @@ class Search:
             if watched is None:
                 raise ValueError(f"trial {fingerprint} is not running: ask comes before decide, and tell ends both")
             self._observe(watched, records)
+            if watched.rule.stop is None:  # Optuna copies the whole trial before it asks the pruner
+                return None
             return watched.rule.stop if watched.trial.should_prune() else None
 
     def tell(

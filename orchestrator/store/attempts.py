@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import Connection, func, insert, select, update
+from sqlalchemy import Connection, bindparam, func, insert, select, update
 
 from models.config import Layout
 from models.run_dir import DiagnosticRecord, Record, StepRecord, Summary, ValidationRecord
@@ -21,6 +21,24 @@ from orchestrator.store.layers import layer_rows
 from orchestrator.store.reader import attempt_row
 from orchestrator.store.rows import AttemptRow, FinishedIsFinal, Lease, TrialTaken
 from orchestrator.store.submission import add_event, insert_missing, storable
+
+_TRIAL, _ATTEMPT = schema.trial, schema.attempt
+# Built once: these are a controller's time, and SQLAlchemy takes longer to build one than SQLite to run it.
+_CLAIM = (
+    update(_TRIAL)
+    .where(_TRIAL.c.fingerprint == bindparam("of"), _TRIAL.c.state == schema.WAITING)
+    .values(state=schema.RUNNING, cause=None, reason=None, end_step=None, updated_at=bindparam("now"))
+)
+_LAST_NUMBER = select(func.max(_ATTEMPT.c.number)).where(_ATTEMPT.c.fingerprint == bindparam("of"))
+_OPEN = insert(_ATTEMPT).returning(*_ATTEMPT.c)
+_STANDING = (
+    select(_TRIAL.c.state, _ATTEMPT.c.ended_at, _ATTEMPT.c.sweep_id)
+    .join(_ATTEMPT, _ATTEMPT.c.fingerprint == _TRIAL.c.fingerprint)
+    .where(_ATTEMPT.c.id == bindparam("of"))
+    .with_for_update(of=_TRIAL)
+)
+_CLOSE = update(_ATTEMPT).where(_ATTEMPT.c.id == bindparam("of"))
+_MOVE = update(_TRIAL).where(_TRIAL.c.fingerprint == bindparam("of"))
 
 
 def start(
@@ -34,20 +52,18 @@ def start(
     cpus: float | None = None,
     gpus: float | None = None,
     hosts: Sequence[str] = (),
+    num_earlier: int | None = None,
 ) -> AttemptRow:
     """Claim a WAITING trial and open its next attempt."""
     leases.check(connection, lease)
     now = datetime.now(UTC)
-    claimed = connection.execute(
-        update(schema.trial)
-        .where(schema.trial.c.fingerprint == fingerprint, schema.trial.c.state == schema.WAITING)
-        .values(state=schema.RUNNING, cause=None, reason=None, end_step=None, updated_at=now)
-    )
+    claimed = connection.execute(_CLAIM, {"of": fingerprint, "now": now})
     if claimed.rowcount != 1:
         state = connection.scalar(select(schema.trial.c.state).where(schema.trial.c.fingerprint == fingerprint))
         raise TrialTaken(f"trial {fingerprint} is {state or 'unknown'}; only a WAITING trial can be started")
-    attempt = schema.attempt
-    last = connection.scalar(select(func.max(attempt.c.number)).where(attempt.c.fingerprint == fingerprint))
+    last = connection.scalar(_LAST_NUMBER, {"of": fingerprint})
+    if num_earlier is not None and (last or 0) != num_earlier:
+        raise TrialTaken(f"trial {fingerprint} has had {last or 0} attempts, {num_earlier} when it was read")
     values = {
         "fingerprint": fingerprint,
         "number": (last or 0) + 1,
@@ -62,7 +78,7 @@ def start(
         "hosts": list(hosts) or None,
         "started_at": now,
     }
-    return attempt_row(connection.execute(insert(attempt).values(**values).returning(*attempt.c)).mappings().one())
+    return attempt_row(connection.execute(_OPEN, values).mappings().one())
 
 
 def open_attempt(connection: Connection, lease: Lease, fingerprint: str) -> AttemptRow | None:
@@ -94,8 +110,9 @@ def record(connection: Connection, lease: Lease, batch: Sequence[tuple[AttemptRo
 
 
 def _finite(item: StepRecord | ValidationRecord, attempt_id: int) -> dict[str, Any]:
-    values = item.model_dump(exclude={"kind"})
-    for key, value in values.items():
+    values: dict[str, Any] = dict(item)
+    del values["kind"]
+    for key, value in list(values.items()):
         if isinstance(value, float) and not math.isfinite(value):
             values[key] = None
             values["nonfinite"] = True
@@ -119,18 +136,12 @@ def end(
     if state == schema.RUNNING or state not in schema.STATES:
         allowed = ", ".join(other for other in schema.STATES if other != schema.RUNNING)
         raise ValueError(f"an attempt can't end in state {state}; allowed: {allowed}")
-    trial = schema.trial
-    running = connection.execute(
-        select(trial.c.state).where(trial.c.fingerprint == attempt.fingerprint).with_for_update()
-    ).scalar_one()
-    found = connection.execute(
-        select(schema.attempt.c.ended_at, schema.attempt.c.sweep_id).where(schema.attempt.c.id == attempt.id)
-    ).one()
+    found = connection.execute(_STANDING, {"of": attempt.id}).one()
     if found.sweep_id != lease.sweep_id:
         raise FinishedIsFinal(
             f"attempt {attempt.number} of trial {attempt.fingerprint} was adopted by another sweep that shares it"
         )
-    is_open = found.ended_at is None
+    is_open, running = found.ended_at is None, found.state
     if running != schema.RUNNING or not is_open:
         raise FinishedIsFinal(
             f"attempt {attempt.number} of trial {attempt.fingerprint} can't end in {state}: "
@@ -143,11 +154,8 @@ def end(
     closing = _closing(attempt, summary, now) | {"held_seconds": held}
     close(connection, attempt.id, cause=cause, reason=reason, end_step=step, log_tail=log_tail, **closing)
     kept = None if state == schema.WAITING else step
-    connection.execute(
-        update(trial)
-        .where(trial.c.fingerprint == attempt.fingerprint)
-        .values(state=state, cause=cause, reason=reason, end_step=kept, updated_at=now)
-    )
+    moved = {"state": state, "cause": cause, "reason": reason, "end_step": kept, "updated_at": now}
+    connection.execute(_MOVE, {"of": attempt.fingerprint, **moved})
 
 
 def _closing(attempt: AttemptRow, summary: Summary | None, now: datetime) -> dict[str, Any]:
@@ -165,7 +173,7 @@ def _closing(attempt: AttemptRow, summary: Summary | None, now: datetime) -> dic
 
 
 def close(connection: Connection, attempt_id: int, **values: object) -> None:
-    connection.execute(update(schema.attempt).where(schema.attempt.c.id == attempt_id).values(**values))
+    connection.execute(_CLOSE, {"of": attempt_id, **values})
 
 
 def reopen(connection: Connection, sweep_id: int, fingerprints: Sequence[str]) -> int:

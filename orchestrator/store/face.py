@@ -182,7 +182,7 @@ class Store:
 
     def trial_changes(self, sweep_id: int, since: datetime) -> list[dict[str, Any]]:
         """The fields of TrialRow that can change, with the fingerprint, of the trials that were written since, by the
-        writers' clocks."""
+        writers' clocks. Arm and position only change with a new submission."""
         return self._read(reader.trial_changes, sweep_id, since)
 
     def outcomes(self, sweep_id: int, tail: float) -> list[Outcome]:
@@ -283,12 +283,14 @@ class Store:
         cpus: float | None = None,
         gpus: float | None = None,
         hosts: Sequence[str] = (),
+        num_earlier: int | None = None,
     ) -> AttemptRow:
-        """Claim a WAITING trial; TrialTaken when it is not (another sweep's controller may run it).
+        """Claim a WAITING trial; TrialTaken when it is not (another sweep's controller may run it), or when it has had
+        more attempts than the ``num_earlier`` that the caller has seen.
 
         ``cpus`` and ``gpus`` are what its whole gang holds: what budgets are charged.
         """
-        given = (layout, provenance, resume_step, resumed_from, cpus, gpus, hosts)
+        given = (layout, provenance, resume_step, resumed_from, cpus, gpus, hosts, num_earlier)
         waits = self._num_waits
         try:
             return self._write(attempts.start, lease, fingerprint, *given)
