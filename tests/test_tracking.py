@@ -26,6 +26,7 @@ from orchestrator.tracking import (
     ui_environment,
 )
 from orchestrator.tracking.layer_plots import layer_plots
+from orchestrator.tracking.memory import Memory
 from orchestrator.tracking.server import open_client
 
 mirror_module = sys.modules["orchestrator.tracking.mirror"]
@@ -363,6 +364,44 @@ def test_a_run_deleted_in_the_ui_is_made_anew_when_there_is_news(run, send, clie
     run.store.record(run.lease, attempt, steps(6, 7))
     send()
     assert run.trial().mlflow_run_id != before
+    assert [step for step, _ in history(client, run, "loss_nats")] == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_a_memory_makes_a_pass_cost_only_what_is_new(run, send, client, monkeypatch):
+    memory = Memory()
+    first, second = (trial.fingerprint for trial in run.plan.trials[:2])
+    run.complete(first, 2.5)
+    assert [send(memory=memory).num_trials for _ in range(2)] == [1, 0]
+    monkeypatch.setattr(run.store, "trials", lambda _: pytest.fail("all trials were read again"))
+    monkeypatch.setattr(run.store, "mirror_cursor", lambda *_: None)
+    read = run.store.attempts
+    monkeypatch.setattr(run.store, "attempts", lambda of: pytest.fail("it is settled") if of == first else read(of))
+    run.start(fingerprint=second)
+    assert send(memory=memory).num_trials == 1
+    monkeypatch.undo()
+    assert child(client, run, second).info.status == "RUNNING"
+
+
+def test_what_a_memory_holds_for_settled_is_looked_at_again_after_a_rerun(run, send, client):
+    memory = Memory()
+    run.end(run.start(), "FAILED", cause="out_of_memory")
+    send(memory=memory)
+    send(memory=memory)
+    run.store.reopen(run.sweep_id, [run.fingerprint])
+    run.complete(run.fingerprint, 2.5)
+    send(memory=memory)
+    assert (child(client, run).info.status, child(client, run).data.tags["attempts"]) == ("FINISHED", "2")
+
+
+def test_a_memory_that_is_wrong_about_a_run_costs_one_pass(run, send, client):
+    memory, attempt = Memory(), run.start()
+    run.store.record(run.lease, attempt, steps(1, 5))
+    send(memory=memory)
+    client.delete_run(run.trial().mlflow_run_id)
+    run.store.record(run.lease, attempt, steps(6, 7))
+    with pytest.raises(TrackingError, match="must be in the 'active' state"):
+        send(memory=memory)
+    send(memory=memory)
     assert [step for step, _ in history(client, run, "loss_nats")] == [1, 2, 3, 4, 5, 6, 7]
 
 

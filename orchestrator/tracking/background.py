@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 from models.redaction import redacted
 from orchestrator.store import Store, StoreOutage
-from orchestrator.tracking.mirror import Cursor, OutOfTime, mirror
+from orchestrator.tracking.memory import Memory
+from orchestrator.tracking.mirror import OutOfTime, mirror
 
 _LOG = logging.getLogger(__name__)
 
@@ -50,14 +51,14 @@ class Mirror:
         self._store, self._sweep_id = store, sweep_id
         self._interval_seconds, self._clock = interval_seconds, clock
         self._began = clock()
-        self._cursors: dict[str, Cursor] = {}
+        memory = Memory()
         self._wake = threading.Event()
         self._closing = threading.Event()
         self._deadline = float("inf")
 
         def mlflow() -> object:
             return mirror(
-                store, sweep_id, tracking_uri, artifact_location, cursors=self._cursors, out_of_time=self._out_of_time
+                store, sweep_id, tracking_uri, artifact_location, memory=memory, out_of_time=self._out_of_time
             )
 
         self._targets = [_Target("MLflow", mlflow), *(_Target(name, update) for name, update in (also or {}).items())]

@@ -6,9 +6,9 @@ points; a run that was created but not noted is found again by its tags. Runs th
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from models.redaction import redacted
 from orchestrator.store import AttemptRow, Store, StoreOutage, SweepRow, TrialRow
@@ -16,6 +16,7 @@ from orchestrator.sweep import NOTICE_KINDS
 from orchestrator.tracking import run_content
 from orchestrator.tracking.layer_plots import layer_plots
 from orchestrator.tracking.loss_plot import loss_plot
+from orchestrator.tracking.memory import Cursor, Memory
 from orchestrator.tracking.server import open_client, sqlite_path
 
 if TYPE_CHECKING:
@@ -25,9 +26,6 @@ EXPERIMENT = "gatesweep"
 
 _METRICS_PER_BATCH = 1_000
 _PARAMS_PER_BATCH = 100
-
-Cursor = dict[str, Any]
-Cursors = MutableMapping[str, Cursor]
 
 
 class TrackingError(Exception):
@@ -52,22 +50,24 @@ def mirror(
     tracking_uri: str,
     artifact_location: str | None = None,
     *,
-    cursors: Cursors | None = None,
+    memory: Memory | None = None,
     out_of_time: Callable[[], bool] = lambda: False,
     rebuild: bool = False,
 ) -> Sent:
     """Bring a sweep's runs up to what the store holds; raises only TrackingError, OutOfTime and StoreOutage.
 
     ``artifact_location`` is used when the experiment is first made; None leaves it to the tracking server.
-    ``cursors`` is a memory between the passes of one process. ``rebuild`` forgets the runs and sends everything anew.
+    ``memory`` lasts over the passes of one process. ``rebuild`` forgets the runs and sends everything anew.
     With nothing to send MLflow is not even imported.
     """
+    memory = memory or Memory()
     try:
-        one_pass = _Pass(store, sweep_id, tracking_uri, artifact_location, {} if cursors is None else cursors)
+        one_pass = _Pass(store, sweep_id, tracking_uri, artifact_location, memory)
         return one_pass.run(out_of_time, rebuild)
     except (OutOfTime, StoreOutage):
         raise
     except Exception as error:
+        memory.forget()
         cause = _root_cause(error)
         reason = redacted(f"{type(cause).__name__}: {cause}").partition("\n")[0]
         raise TrackingError(f"MLflow at {redacted(tracking_uri)} can't be written: {reason[:500]}") from error
@@ -82,13 +82,13 @@ def _root_cause(error: BaseException) -> BaseException:
 
 class _Pass:
     def __init__(
-        self, store: Store, sweep_id: int, tracking_uri: str, artifact_location: str | None, cursors: Cursors
+        self, store: Store, sweep_id: int, tracking_uri: str, artifact_location: str | None, memory: Memory
     ) -> None:
         self._store, self._uri, self._artifact_location = store, tracking_uri, artifact_location
         self._sweep: SweepRow = next(row for row in store.sweeps() if row.id == sweep_id)
-        self._rows: list[TrialRow] = store.trials(sweep_id)
-        self._run_ids = {row.fingerprint: row.mlflow_run_id for row in self._rows}
-        self._cursors = cursors
+        self._memory = memory
+        self._rows: list[TrialRow] = memory.read(store, sweep_id)
+        self._run_ids, self._cursors = memory.run_ids, memory.cursors
         self._place = run_content.digest(tracking_uri)
         self._opened: _Parent | None = None
         self._sent = Sent()
@@ -98,7 +98,9 @@ class _Pass:
         if rebuild or (path is not None and not path.exists()):
             self._forget()
         self._out_of_time = out_of_time
-        begun = [row for row in self._rows if row.state != "WAITING" or row.num_attempts]
+        begun = [
+            row for row in self._rows if (row.state != "WAITING" or row.num_attempts) and not self._is_settled(row)
+        ]
         for row in begun:
             self._send_trial(row)
         self._send_notices()
@@ -107,6 +109,9 @@ class _Pass:
         if self._opened is not None:
             self._opened.send_artifacts()
         return self._sent
+
+    def _is_settled(self, row: TrialRow) -> bool:
+        return self._memory.is_settled(row, self._sweep.updated_at)
 
     def _check_time(self) -> None:
         if self._out_of_time():
@@ -177,7 +182,10 @@ class _Pass:
     def _send_artifacts(self, row: TrialRow) -> None:
         cursor = self._cursor(row)
         told = cursor.get("told")
-        if row.state not in run_content.STATUS or told is None or cursor.get("artifacts") == told:
+        if row.state not in run_content.STATUS or told is None:
+            return
+        if cursor.get("artifacts") == told:
+            self._memory.settle(row, self._sweep.updated_at)
             return
         self._check_time()
         client, run_id = self._parent().client, self._run_ids[row.fingerprint]
@@ -208,6 +216,7 @@ class _Pass:
         self._cursors[row.fingerprint] = dict(cursor)
 
     def _forget(self) -> None:
+        self._memory.forget()
         if self._sweep.mlflow_run_id is not None:
             self._store.set_mlflow_run(self._sweep.id, None, None)
             self._sweep = replace(self._sweep, mlflow_run_id=None)
@@ -244,7 +253,8 @@ class _Pass:
     ) -> tuple[str, bool]:
         """The trial's run, and whether it is the one that its cursor speaks of."""
         known = self._run_ids[row.fingerprint]
-        if known is not None and parent.is_active(known):
+        if known is not None and (self._memory.was_active(known) or parent.is_active(known)):
+            self._memory.saw_active(known)
             return known, True
         name = run_content.trial_name(row)
         start_ms = round(attempts[0].started_at.timestamp() * 1000) if attempts else None
