@@ -89,8 +89,11 @@ class Mirror:
 
     def _loop(self) -> None:
         while not self._closing.is_set():
+            begun = self._clock()
             self.step()
-            self._wake.wait(self._interval_seconds)
+            # From one beginning to the next: a long pass shall not lag by its own length and a pause on top.
+            left = self._interval_seconds - (self._clock() - begun)
+            self._wake.wait(max(left, self._interval_seconds / 10))
             self._wake.clear()
         for target in self._targets:
             target.not_before = 0.0
