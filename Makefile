@@ -49,11 +49,11 @@ bench-store: $(VENV)/installed-dev
 bench-turnaround: $(VENV)/installed-dev
 	$(BIN)/python -W ignore tests/bench/turnaround.py
 
-# 10,000 trials over simulated gangs, in real time (ten minutes) and in virtual time; schedule.py --trials 1000 is shorter.
 # Policies that stop trials early, replayed on the curves of one recorded grid.
 bench-prune: $(VENV)/installed-dev
 	$(BIN)/python -W ignore tests/bench/prune.py
 
+# 10,000 trials over simulated gangs, in real time (ten minutes) and in virtual time; schedule.py --trials 1000 is shorter.
 bench-scale: $(VENV)/installed-dev
 	$(BIN)/python -W ignore tests/bench/schedule.py
 

@@ -106,6 +106,8 @@ class SimulatedGang:
         self.num_attempts += 1
         self.num_bytes = 0
         self.begun_at = self.cluster.clock.monotonic()
+        if self.num_attempts > 1:
+            self.cluster.gaps.append(self.begun_at - self.ends_at)
         self.seconds = self.cluster.seconds(self.config)
         self.ends_at = self.begun_at + self.seconds
         self.cluster.expect(self.ends_at, self)
@@ -155,6 +157,8 @@ class SimulatedCluster:
         self.clock, self.seconds, self.start_seconds = clock, seconds, start_seconds
         self.sizes = {f"node-{number:04d}": (cpus * UNITS, 0) for number in range(num_nodes)}
         self.gangs: list[SimulatedGang] = []
+        self.gaps: list[float] = []
+        """Seconds of a warm gang between the end of a trial and the launch of the next."""
         self._events: list[tuple[float, int, SimulatedGang]] = []
         self._num_events = 0
 

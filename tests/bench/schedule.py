@@ -9,6 +9,7 @@ the simulation included.
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 import tempfile
 import time
@@ -57,7 +58,8 @@ def real(folder: Path, num_trials: int, num_slots: int = 16) -> None:
     ideal = num_trials / num_slots
     print(
         f"real time: {num_trials:,} one-second trials on {num_slots} slots: {seconds:.1f} s, ideal {ideal:g} s: "
-        f"over by {seconds / ideal - 1:.1%} (Ray Tune publishes {RAY_TUNE_OVER_IDEAL:.0%}); "
+        f"over by {seconds / ideal - 1:.1%} (Ray Tune publishes {RAY_TUNE_OVER_IDEAL:.0%}); from a trial's end to the "
+        f"next one's launch {statistics.median(cluster.gaps) * 1000:.1f} ms (median); "
         f"{cpu / num_trials * 1000:.1f} ms of CPU a trial"
     )
 
