@@ -79,6 +79,15 @@ def test_an_attempt_opens_only_after_those_that_its_caller_has_seen(run: Run):
     assert run.store.start_attempt(run.lease, run.fingerprint, num_earlier=1, **own).number == 2
 
 
+def test_a_gang_whose_last_end_is_not_booked_yet_takes_no_trial(bench: Bench, tmp_path: Path):
+    """Both end together; the first end that is booked makes the loop look for room."""
+    cluster = FakeCluster(2)
+    plan = plan_of(tmp_path, text=FOUR + "resources: {warm: off}\n")
+    with bench.controller(plan, cluster) as controller:
+        controller.run()
+    assert [gang.num_attempts for gang in cluster.gangs] == [1, 1, 1, 1]
+
+
 def test_of_trials_that_end_together_each_makes_room_before_the_next_is_booked(bench: Bench, tmp_path: Path):
     watcher = Watcher()
     with bench.controller(plan_of(tmp_path, text=FOUR), FakeCluster(2), watcher) as controller:

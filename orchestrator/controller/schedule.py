@@ -85,7 +85,9 @@ class Schedule:
         """Gangs and the trials that they are to take now. ``waiting``: in order, by shape; ``caps``: trials and GPUs at
         once."""
         self._caps = tuple(int(min(cap, NO_CAP) * UNITS + 0.5) for cap in caps)  # type: ignore[assignment]
-        self._idle, self._begun = self._pool.idle(), {}
+        # A gang is idle before the end of its trial is booked, and that end may be the gang's, too.
+        at_work = {id(attempt.gang) for attempt in self._running if attempt.landing is None}
+        self._idle, self._begun = [gang for gang in self._pool.idle() if id(gang) not in at_work], {}
         promised = Counter(gang.shape for gang in self._pool.gangs if gang.state is GangState.STARTING)
         self._queues = queues = {shape: queue for shape, queue in waiting.items() if queue}
         self.reservations = {shape: one for shape, one in self.reservations.items() if shape in queues}
