@@ -34,7 +34,7 @@ def test_trials_that_a_new_submission_leaves_out_are_found_to_be_gone(bench: Ben
     bench.store.add(plan_of(tmp_path, text=SWEEP))
     clock.now += FULL_READ_SECONDS + 1
     trials.read()
-    assert [(row.arm, row.seed) for row in trials.rows] == [("baseline", 1), ("g1", 1)]
+    assert {(row.arm, row.seed) for row in trials.rows} == {("baseline", 1), ("g1", 1)}
     assert len(before) == 4
     assert trials.counts["WAITING"] == 2
 

@@ -3,7 +3,7 @@ a module of its own."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -193,11 +193,7 @@ class Controller:
 
     def _work(self) -> None:
         """What runs a bit further, and trials onto gangs: those that have ended make room at once."""
-        for _ in self._ends(self._to_follow()):
-            # Before the next end is booked: of gangs that end together none waits for what is written of the others,
-            # and from then on they end one after the other.
-            if not self.pruning.is_declared:
-                self._start_trials(self.sharing.caps(self.orders.caps()))
+        self._follow(self._to_follow(), self._refill)
         self.pool.follow_starts()
         self._share()
         caps = self.sharing.caps(self.orders.caps())
@@ -205,6 +201,12 @@ class Controller:
         self.pruning.work()
         self.trials.wake()
         self._start_trials(caps)
+
+    def _refill(self) -> None:
+        """Before the next end is booked: of gangs that end together none waits for what is written of the others, and
+        from then on they end one after the other."""
+        if not self.pruning.is_declared:
+            self._start_trials(self.sharing.caps(self.orders.caps()))
 
     def _start_trials(self, caps: tuple[float, float]) -> None:
         if not self.stopping and not self.sweep_run.disk.is_full(self.view.tell):
@@ -240,17 +242,12 @@ class Controller:
         elif launched[1] is not None:
             end_attempt(self.sweep_run, launched[0], launched[1])
 
-    def _follow(self, attempts: list[RunningAttempt]) -> None:
-        for _ in self._ends(attempts):
-            pass
-
-    def _ends(self, attempts: list[RunningAttempt]) -> Iterator[RunningAttempt]:
-        """Those that have ended, one by one as their ends are booked."""
+    def _follow(self, attempts: list[RunningAttempt], after_each_end: Callable[[], None] = lambda: None) -> None:
         for attempt, end in follow(self.sweep_run, attempts):
             if end.summary is None and not self.cluster_watch.is_there():
                 continue  # gangs that die with their cluster are not to blame: the next look tells
             end_attempt(self.sweep_run, attempt, end)
-            yield attempt
+            after_each_end()
 
     def _abandon(self) -> None:
         for attempt in list(self.running):
