@@ -206,7 +206,9 @@ class Controller:
         """Before the next end is booked: of gangs that end together none waits for what is written of the others, and
         from then on they end one after the other."""
         if not self.pruning.is_declared:
-            self._start_trials(self.sharing.caps(self.orders.caps()))
+            caps = self.sharing.caps(self.orders.caps())
+            self.pool.heed_caps(*caps)
+            self._start_trials(caps)
 
     def _start_trials(self, caps: tuple[float, float]) -> None:
         if not self.stopping and not self.sweep_run.disk.is_full(self.view.tell):

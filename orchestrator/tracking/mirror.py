@@ -253,7 +253,9 @@ class _Pass:
     ) -> tuple[str, bool]:
         """The trial's run, and whether it is the one that its cursor speaks of."""
         known = self._run_ids[row.fingerprint]
-        if known is not None and (self._memory.was_active(known) or parent.is_active(known)):
+        if known is not None and self._memory.was_active(known):
+            return known, True
+        if known is not None and parent.is_active(known):
             self._memory.saw_active(known)
             return known, True
         name = run_content.trial_name(row)
