@@ -78,10 +78,7 @@ def trials(connection: Connection, sweep_id: int) -> list[TrialRow]:
 
 
 def trial_changes(connection: Connection, sweep_id: int, since: datetime) -> list[dict[str, Any]]:
-    """What can change of the sweep's current trials that were written since.
-
-    The sum keeps the planner off the sweep's own index: those written lately are few, and a sweep's trials many.
-    """
+    """What can change of the sweep's current trials that were written since."""
     link, trial, attempt = schema.sweep_trial, schema.trial, schema.attempt
     num_attempts = select(func.count()).where(attempt.c.fingerprint == trial.c.fingerprint).scalar_subquery()
     changing = (
@@ -96,7 +93,7 @@ def trial_changes(connection: Connection, sweep_id: int, since: datetime) -> lis
     query = (
         select(*changing, trial.c.reopened_after, num_attempts.label("num_attempts"))
         .join(link, trial.c.fingerprint == link.c.fingerprint)
-        .where(link.c.sweep_id + 0 == sweep_id, link.c.current, trial.c.updated_at >= since)
+        .where(link.c.sweep_id == sweep_id, link.c.current, trial.c.updated_at >= since)
     )
     return [dict(row) for row in connection.execute(query).mappings()]
 

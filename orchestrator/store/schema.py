@@ -165,7 +165,6 @@ trial = Table(
     CheckConstraint("state IN ('" + "', '".join(STATES) + "')", name="state"),
     Index("ix_trial_fingerprint_state", "fingerprint", "state"),  # states are counted without a look at configs
     Index("ix_trial_state", "state"),
-    Index("ix_trial_updated_at", "updated_at"),  # a controller asks every two seconds what changed
 )
 
 sweep_trial = Table(
