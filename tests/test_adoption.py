@@ -17,6 +17,7 @@ from fake_gangs import Bench, FakeCluster, FakeGang, FateAt, bench, bench_in, pl
 from sweep_runs import SWEEP, Watcher, plan_of
 
 from models import run_dir
+from models.run_dir import Summary, write_json
 from orchestrator.controller import ClusterLost
 from orchestrator.gang import GangState, LeaseFile
 from orchestrator.gang.lease_file import FOLDER, GangLease, LeaseWatch
@@ -146,6 +147,23 @@ def test_an_error_that_nobody_saw_is_charged_as_if_it_had_been_seen(bench: Bench
     run_on(bench, plan, cluster)
     assert attempts_of(bench, plan) == {"baseline/1": ["error"], "g1/1": ["error"]}
     assert set(bench.states(plan).values()) == {"FAILED"}
+
+
+def test_a_survivor_whose_peer_died_while_nobody_looked_is_no_error_of_the_trial(
+    bench: Bench, tmp_path: Any, undisturbed: Curves
+):
+    """Its account is all that is left, and tells of the connection, not of the rank that is gone."""
+    strict = plan_of(tmp_path, ["retry={infrastructure: 1, error: 0, backoff_seconds: 0}"])
+    cluster = lasting()
+    run_until_killed(bench, strict, cluster, 7)
+    gang = cluster.gangs[0]
+    said = "RuntimeError: [/pytorch/gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:11687: Connection reset"
+    ended = Summary(outcome="error", step=gang.step, resume_step=0, seconds=1.0, tokens_per_second=None, error=said)
+    write_json(gang.spec.attempt_dir / "summary.json", ended)
+    gang.dismiss()
+    run_on(bench, strict, cluster)
+    assert sorted(attempts_of(bench, strict).values()) == [["complete"], ["rank_died", "complete"]]
+    assert bench.curves(strict) == undisturbed
 
 
 def test_what_the_dead_controller_was_asked_to_cancel_is_canceled(bench: Bench, plan: Plan):

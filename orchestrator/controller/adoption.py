@@ -18,7 +18,7 @@ from orchestrator.controller.resume import attempt_dir, curve_until
 from orchestrator.controller.running import RunningAttempt, trial_name
 from orchestrator.controller.sweep_run import SweepRun
 from orchestrator.failures import Wish
-from orchestrator.gang import Gang, GangEnd, GangShape, GangState, LeaseFile, Wanted
+from orchestrator.gang import Gang, GangEnd, GangShape, GangState, LeaseFile, Wanted, is_broken_collective
 from orchestrator.store import AttemptRow, TrialRow, TrialTaken
 
 
@@ -34,7 +34,9 @@ class EndedByItself:
 
     def poll_end(self) -> GangEnd:
         if self.summary.outcome == "error":
-            return GangEnd(summary=None, error=self.summary.error, held_seconds=self.summary.seconds)
+            error = self.summary.error or ""
+            died = is_broken_collective(error)  # nobody saw which rank, and the account is that of one that outlived it
+            return GangEnd(summary=None, error=error, rank_died=died, held_seconds=self.summary.seconds)
         return GangEnd(self.summary, held_seconds=self.summary.seconds)
 
     def progress(self) -> None:

@@ -9,6 +9,7 @@ themselves), ``detached`` (how the next driver finds them).
 
 from orchestrator.gang.cluster import Cluster, Node
 from orchestrator.gang.detached import Wanted
+from orchestrator.gang.ending import is_broken_collective
 from orchestrator.gang.gangs import Gang, GangEnd, GangState, Landing
 from orchestrator.gang.lease_file import GangLease, LeaseFile
 from orchestrator.gang.ranks import source_hash
@@ -43,6 +44,7 @@ __all__ = [
     "NodeRoom",
     "Room",
     "Wanted",
+    "is_broken_collective",
     "minus",
     "number_of_gangs",
     "plus",

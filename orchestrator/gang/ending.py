@@ -30,7 +30,12 @@ def blame(error: Exception) -> int:
     """How much an error tells about why a gang failed, the least telling last."""
     if isinstance(error, ray.exceptions.RayActorError):
         return DEATH
-    return BROKEN if _BROKEN_COLLECTIVE.search(words(error)) else RAISED
+    return BROKEN if is_broken_collective(words(error)) else RAISED
+
+
+def is_broken_collective(said: str) -> bool:
+    """Whether an error, in words, is a survivor's: another rank of its gang is gone."""
+    return _BROKEN_COLLECTIVE.search(said) is not None
 
 
 def death(error: BaseException) -> str:
