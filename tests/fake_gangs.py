@@ -166,6 +166,8 @@ class FakeGang:
             return GangEnd(None, "process 1 of a rank died: SIGKILL", rank_died=True)
         if fate == "disk full":
             return GangEnd(None, "OSError: [Errno 28] No space left on device")
+        if fate == "out of memory":
+            return GangEnd(None, "OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.")
         if fate == "preempted":
             self.save()
             return self._ended("stopped")

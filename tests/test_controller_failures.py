@@ -159,6 +159,14 @@ def test_a_disk_that_is_full_when_an_attempt_is_to_begin_pauses_too(
     assert bench.curves(plan) == undisturbed
 
 
+def test_out_of_gpu_memory_ends_the_trial_with_the_micro_batch_that_would_fit(bench: Bench, plan: Plan):
+    bench.run(plan, in_attempts("out of memory", "g1", 8))
+    row = bench.trials(plan)["g1/1"]
+    (attempt,) = bench.store.attempts(row.fingerprint)
+    assert (row.state, attempt.cause) == ("FAILED", "gpu_out_of_memory")
+    assert "never retried; resources.micro_batch_sequences: 2 would fit" in str(attempt.reason)
+
+
 def test_a_torn_checkpoint_is_passed_over_for_the_one_before(bench: Bench, plan: Plan, undisturbed: Curves):
     def at(spec: Any, config: Any, now: int) -> Any:
         if config.gate is None or now != 18 or spec.number > 1:

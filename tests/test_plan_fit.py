@@ -8,7 +8,7 @@ from fake_gangs import bench, plan  # noqa: F401 (fixtures)
 from models import accounting
 from models.accounting import GIB, SPARE_FRACTION, fits, fullest_rank, micro_batches
 from models.run_dir import read_attempt_spec
-from orchestrator.plan import expand
+from orchestrator.plan import after_out_of_memory, expand
 from orchestrator.sweep import UserError, parse
 
 LARGE = """
@@ -46,6 +46,22 @@ def test_given_sizes_are_kept():
         "none": 2,
         "everywhere": 2,
     }
+
+
+def test_after_out_of_memory_the_next_micro_batch_leaves_room_beside_what_had_seemed_enough():
+    config, resources = (
+        (found := planned("resources={gpus: 1, accelerator: h200}")).trials[0].config,
+        found.sweep.resources,
+    )
+    needed = {size: fullest_rank(config, resources.layout, size, "cuda").total for size in (1, 2, 4, 8)}
+    said = after_out_of_memory(config, resources, 8, "CUDA out of memory. Tried to allocate 2.50 GiB.")
+    assert needed[4] <= (1 - SPARE_FRACTION) * needed[8]
+    assert said.startswith("resources.micro_batch_sequences: 4 would fit (")
+    # A card that is smaller than its kind, or shared: what it says of itself counts.
+    small = needed[2] / GIB / (1 - SPARE_FRACTION) + 0.01
+    said = after_out_of_memory(config, resources, 8, f"GPU 0 has a total capacity of {small:.2f} GiB of which 1 MiB is")
+    assert said.startswith("resources.micro_batch_sequences: 2 would fit")
+    assert after_out_of_memory(config, resources, 1, "CUDA out of memory").startswith("no smaller micro-batch than 1")
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from models import run_dir
 from models.retention import prune_trial
 from orchestrator.controller.running import RunningAttempt
 from orchestrator.controller.snapshot import about
 from orchestrator.controller.sweep_run import SweepRun
-from orchestrator.failures import DISK_FULL, DISK_READ_ONLY, HANG, PREEMPTED, Consequence, Ending, consequence
+from orchestrator.failures import (
+    DISK_FULL,
+    DISK_READ_ONLY,
+    GPU_OUT_OF_MEMORY,
+    HANG,
+    PREEMPTED,
+    Consequence,
+    Ending,
+    consequence,
+)
 from orchestrator.gang import GangEnd
+from orchestrator.plan import after_out_of_memory
 from orchestrator.store import CONTROLLER_LOST, FinishedIsFinal
 
 
@@ -62,7 +74,12 @@ def _consequence(run: SweepRun, attempt: RunningAttempt, end: GangEnd, log_tail:
     attempts = run.store.attempts(attempt.trial.fingerprint) if number > reopened_after + 1 else []
     earlier = [one for one in attempts if reopened_after < one.number < number]
     ending = Ending(end.summary, end.error, end.rank_died, attempt.wish, end.exit_code, log_tail)
-    return consequence(ending, earlier, run.sweep.retry)
+    result = consequence(ending, earlier, run.sweep.retry)
+    if result.cause != GPU_OUT_OF_MEMORY:
+        return result
+    trial, tried = attempt.trial, run.micro_batches[attempt.trial.fingerprint]
+    advice = after_out_of_memory(trial.config, run.sweep.resources.of(trial.arm, trial.axes), tried, end.error or "")
+    return replace(result, reason=f"{result.reason}; {advice}")
 
 
 def _tell(run: SweepRun, attempt: RunningAttempt, result: Consequence) -> None:

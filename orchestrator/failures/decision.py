@@ -15,7 +15,6 @@ from models.run_dir import Summary
 from orchestrator.failures.causes import (
     DISK_FULL,
     DISK_READ_ONLY,
-    GPU_OUT_OF_MEMORY,
     HANG,
     NONFINITE,
     PREEMPTED,
@@ -122,9 +121,7 @@ def _charged(ending: Ending, earlier: Sequence[AttemptRow], retry: RetryConfig) 
     """An attempt that failed: its cause is told, and its budget charged."""
     cause, reason = _cause_of(ending, retry)
     if cause.counts_as == "never_again":
-        return Consequence(
-            "FAILED", cause.name, f"{reason}; never retried{_advice(cause)}", host_faults=cause.host_faults
-        )
+        return Consequence("FAILED", cause.name, f"{reason}; never retried", host_faults=cause.host_faults)
     if cause.counts_as == "nothing":
         pauses = {DISK_FULL: "the sweep pauses until there is room"}
         pauses[DISK_READ_ONLY] = "the sweep pauses until it can be written again"
@@ -146,9 +143,3 @@ def _cause_of(ending: Ending, retry: RetryConfig) -> tuple[Cause, str]:
     without = "a rank's process ended" if ending.rank_died else "the attempt ended without a summary"
     evidence = Evidence(ending.error or "", ending.log, ending.exit_code, ending.rank_died)
     return diagnose(evidence, retry.rules), ending.error or without
-
-
-def _advice(cause: Cause) -> str:
-    if cause.name == GPU_OUT_OF_MEMORY:
-        return "; a smaller resources.micro_batch_sequences, or resources.layout.recompute, needs less memory"
-    return ""

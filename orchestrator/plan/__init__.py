@@ -30,7 +30,7 @@ from orchestrator.plan.cells import (
 from orchestrator.plan.contrasts import Change, Contrast, contrasts, refuse_undeclared
 from orchestrator.plan.controls import gates_add, sized
 from orchestrator.plan.files import Files
-from orchestrator.plan.fit import memory_needed, memory_refusals, micro_batch_sizes, size_key
+from orchestrator.plan.fit import after_out_of_memory, memory_needed, memory_refusals, micro_batch_sizes, size_key
 from orchestrator.plan.refusals import refusals
 from orchestrator.plan.resolve import cell_config, match_residual, matched
 from orchestrator.sweep import (
@@ -60,6 +60,7 @@ __all__ = [
     "PlannedTrial",
     "RateGroup",
     "Refusal",
+    "after_out_of_memory",
     "expand",
     "match_residual",
     "micro_batch_sizes",

@@ -8,6 +8,7 @@ experts that share a batch size (and ``layout.data``) therefore share a micro-ba
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from pydantic.main import IncEx
@@ -80,6 +81,29 @@ def memory_refusals(
         said += " (an assumed size: set resources.accelerator or memory_gib)"
     would = list(itertools.islice(_mends(config, resources, refused), NUM_MENDS))
     return [f"{said}; what would fit: {', or '.join(would)}" if would else said]
+
+
+def after_out_of_memory(config: TrialConfig, resources: ResourcesConfig, tried: int, error: str) -> str:
+    """What to try where micro-batches of ``tried`` sequences took more memory than a rank had, as ``error`` tells.
+
+    The model had thought that they fit. Whatever it left out is taken to be as large a share of a smaller one: that one
+    must leave SPARE_FRACTION free beside what had seemed enough, and of the capacity, if the error names it.
+    """
+    otherwise = "resources.layout.recompute, or more ranks a model, need less memory"
+    named = _CAPACITY.search(error)
+    limit = float(named[1]) * GIB if named else _limit(resources)
+    had = memory_needed(config, resources, tried).total
+    seemed = had if limit is None else min(had, limit)
+    for size in micro_batches(config, resources.layout):
+        memory = memory_needed(config, resources, size)
+        if size < tried and fits(memory, seemed):
+            need = f"{memory.total / GIB:,.1f} GiB by the plan's model, where {tried} needed {had / GIB:,.1f}"
+            return f"resources.micro_batch_sequences: {size} would fit ({need}); else {otherwise}"
+    return f"no smaller micro-batch than {tried} would fit; {otherwise}"
+
+
+_CAPACITY = re.compile(r"total capacity of ([0-9.]+) GiB")
+"""As torch tells it of a card."""
 
 
 def _mends(
