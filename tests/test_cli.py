@@ -382,6 +382,29 @@ def test_run_is_refused_while_another_one_runs_the_sweep_and_leaves_its_plan_alo
     assert states(folder) == {"baseline/1": "COMPLETE", "g1/1": "COMPLETE"}
 
 
+@pytest.mark.parametrize("dies", [False, True])
+def test_run_waits_for_another_one_to_end_or_to_lose_its_lease(
+    gatesweep: Gatesweep, folder: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch, dies: bool
+):
+    gatesweep("run", "tiny.yaml")
+    with store_of(folder) as store:
+        lease = store.acquire_lease(store.sweep("tiny").id, "another-host:77", 0.3 if dies else 60)
+        looks = []
+
+        def next_look(_: float) -> None:
+            looks.append(store.lease_holder(lease.sweep_id))
+            if not dies and len(looks) == 3:
+                store.release_lease(lease)
+
+        monkeypatch.setattr(cli_run.time, "sleep", next_look)
+        said = gatesweep("run", "tiny.yaml", "seeds=[1,2]", "--wait")
+    assert said.code == 0
+    assert said.out.count("is run by another-host:77 now: waiting until it ends") == 1
+    assert len(looks) >= 1 if dies else len(looks) == 3
+    assert set(states(folder).values()) == {"COMPLETE"}
+    assert len(states(folder)) == 4
+
+
 # -- readers ----------------------------------------------------------------------------------------------------
 
 

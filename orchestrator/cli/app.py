@@ -96,13 +96,17 @@ def run(
     no_reuse: Annotated[
         bool, typer.Option("--no-reuse", help="Refuse to take trials that another sweep has trained.")
     ] = False,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="While another run has the sweep: wait until that has ended, or is dead.")
+    ] = False,
 ) -> None:
     """Run a sweep here, in the foreground. Run again, it goes on where it stopped."""
     from orchestrator.cli.run import run_sweep  # Ray and Optuna: seconds that other verbs need not wait
 
     added = [check_extension(one) for one in extend or ()]
     planned = expand(load(file, overrides or ()))
-    raise typer.Exit(run_sweep(planned, Home.of(), address, console, added, metrics, not no_reuse, json_logs))
+    given = (planned, Home.of(), address, console, added, metrics, not no_reuse, json_logs, wait)
+    raise typer.Exit(run_sweep(*given))
 
 
 @app.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
@@ -35,6 +36,8 @@ from orchestrator.tracking import Mirror, TrackingError, mirror
 INTERRUPTED_EXIT, FAILED_EXIT, BUDGET_EXIT = 130, 1, 3
 MIRROR_CATCH_UP_SECONDS = 60.0
 NOTICES_SECONDS = 15.0
+WAIT_SECONDS = 2.0
+"""Between two looks at the lease of another run."""
 _EXTEND = "--extend gpu_hours=+HOURS, or cpu_hours, or wall_hours"
 CELLS_NAMED = 4
 """Cells listed under a reason that refuses them; gatesweep plan lists all."""
@@ -61,10 +64,11 @@ def run_sweep(
     metrics: str | None = None,
     reuse: bool = True,
     json_logs: bool = False,
+    waits: bool = False,
 ) -> int:
     """Store the plan, run what is missing, print the table; the exit code. ``extensions``: to budgets, first.
     ``metrics``: where Prometheus may ask, as ``[HOST:]PORT``. ``reuse``: other sweeps' trials may serve this one.
-    ``json_logs``: controller and ranks also write JSON lines."""
+    ``json_logs``: controller and ranks also write JSON lines. ``waits``: for another run of the sweep to end."""
     refuse(plan)
     refuse_extensions(plan.sweep.name, plan.sweep.budget.model_dump(), extensions)
     try:
@@ -74,6 +78,8 @@ def run_sweep(
     check_key(home.directory)
     sweep = plan.sweep
     with Store(home.store_url) as store:
+        if waits:
+            _wait_for_turn(store, sweep.name, console)
         _refuse_second(store, sweep.name)
         refuse_other_looks(plan, store)
         refuse_stale(plan, store)
@@ -125,10 +131,28 @@ def _planned(store: Store, name: str) -> set[str]:
 
 def _refuse_second(store: Store, name: str) -> None:
     """UserError while another controller runs the sweep: adding the plan would change it under that one's feet."""
+    holder = _other_controller(store, name)
+    if holder is not None:
+        raise UserError(
+            f"sweep {name} is run by {holder} now; nothing was changed. gatesweep status shows it; run --wait waits"
+        )
+
+
+def _wait_for_turn(store: Store, name: str, console: Console) -> None:
+    """Until no other controller has the sweep: it has ended, or its lease has run out because it is dead."""
+    told = None
+    while (holder := _other_controller(store, name)) is not None:
+        if holder != told:
+            console.print(f"sweep {name} is run by {holder} now: waiting until it ends, or its lease", highlight=False)
+            told = holder
+        time.sleep(WAIT_SECONDS)
+
+
+def _other_controller(store: Store, name: str) -> str | None:
+    """Who runs the sweep now. A dead process of this host runs nothing, and its lease is waited for later."""
     known = [sweep.id for sweep in store.sweeps() if sweep.name == name]
     held = store.lease_holder(known[0]) if known else None
-    if held is not None and not is_dead(held[0]):
-        raise UserError(f"sweep {name} is run by {held[0]} now; nothing was changed. gatesweep status shows it")
+    return None if held is None or is_dead(held[0]) else held[0]
 
 
 def _run_missing(
