@@ -329,6 +329,18 @@ def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(f"orchestrator.controller.cluster_watch.{name}", 0.0)
 
 
+def vanishing(cluster: FakeCluster, are_dead: bool) -> Callable[[Any], None]:
+    """To be called at every tick: the head goes away in the middle of a trial, and its gangs with it if they die."""
+
+    def on_tick(snapshot: Any) -> None:
+        if any(running.step >= 7 for running in snapshot.running):
+            cluster.reachable = False
+            for gang in cluster.gangs if are_dead else []:
+                gang.dismiss()
+
+    return on_tick
+
+
 @pytest.mark.parametrize("are_dead", [False, True])
 @pytest.mark.usefixtures("hurried")
 def test_a_cluster_that_vanishes_ends_the_run_and_charges_no_trial(
@@ -338,13 +350,7 @@ def test_a_cluster_that_vanishes_ends_the_run_and_charges_no_trial(
     strict = plan_of(tmp_path, ["retry={infrastructure: 0, error: 0}"])
     cluster, watcher = lasting(), Watcher()
 
-    def on_tick(snapshot: Any) -> None:
-        if any(running.step >= 7 for running in snapshot.running):
-            cluster.reachable = False
-            for gang in cluster.gangs if are_dead else []:
-                gang.dismiss()
-
-    watcher.on_tick = on_tick
+    watcher.on_tick = vanishing(cluster, are_dead)
     with pytest.raises(ClusterLost, match="no trial is lost"), bench.controller(strict, cluster, watcher) as controller:
         controller.run()
     assert set(bench.states(strict).values()) <= {"RUNNING", "WAITING"}
@@ -380,17 +386,11 @@ def test_another_head_in_the_place_of_the_first_ends_the_run_and_charges_no_tria
     strict = plan_of(tmp_path, ["retry={infrastructure: 0, error: 0}"])
     cluster, watcher = lasting(), Watcher()
 
-    def on_tick(snapshot: Any) -> None:
-        if any(running.step >= 7 for running in snapshot.running):
-            cluster.reachable = False
-            for gang in cluster.gangs if are_dead else []:
-                gang.dismiss()
-
     def on_line(line: str) -> None:
         if line.startswith("PAUSED"):
             cluster.was_replaced = cluster.reachable = True
 
-    watcher.on_tick, watcher.on_line = on_tick, on_line
+    watcher.on_tick, watcher.on_line = vanishing(cluster, are_dead), on_line
     with pytest.raises(ClusterLost, match="has forgotten"), bench.controller(strict, cluster, watcher) as controller:
         controller.run()
     assert bench.store.lease_holder(controller.sweep_id) is None
