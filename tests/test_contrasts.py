@@ -3,8 +3,8 @@
 import pytest
 from sweep_runs import SWEEP
 
-import orchestrator.plan as planning
 from orchestrator.plan import expand
+from orchestrator.plan import expansion as planning
 from orchestrator.report import results
 from orchestrator.report.contrasts import contrast_lines, contrast_text
 from orchestrator.store import Store

@@ -1,0 +1,208 @@
+"""Sweep -> trials in the order they run, what each one costs, and which cells cannot run. Pure but for reading files.
+
+The same file gives the same trials in the same order with the same fingerprints, on every machine. Mistakes that only
+a whole config shows are UserErrors; what is right but beyond this version or this layout is a Refusal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from models.config import TrialConfig
+from orchestrator.plan.cells import (
+    CellError,
+    arm_leaves,
+    assignments,
+    axis_values,
+    compose,
+    excluded_by,
+    number_of_cells,
+)
+from orchestrator.plan.contrasts import Contrast, contrasts, refuse_undeclared
+from orchestrator.plan.controls import gates_add, sized
+from orchestrator.plan.files import Files
+from orchestrator.plan.fit import memory_refusals
+from orchestrator.plan.mistakes import (
+    cell_key,
+    refuse_empty,
+    refuse_identical,
+    refuse_other_measures,
+    refuse_overrides_in_vain,
+)
+from orchestrator.plan.ordering import LR, Cell, confirmations_of, group_of, in_order, other_axes
+from orchestrator.plan.planned import Confirmation, GrownRate, PlannedTrial, RateGroup, Refusal
+from orchestrator.plan.refusals import refusals
+from orchestrator.plan.resolve import cell_config, matched
+from orchestrator.sweep import (
+    DocumentPath,
+    ExtendedRates,
+    GrowingRates,
+    Problems,
+    Sweep,
+    UserError,
+    seeds_of_looks,
+)
+
+MAX_TRIALS = 100_000
+
+
+@dataclass(frozen=True)
+class Plan:
+    sweep: Sweep
+    trials: tuple[PlannedTrial, ...]
+    refusals: tuple[Refusal, ...]
+    absent_files: tuple[Path, ...] = ()
+    """What the trials need and this machine lacks: fingerprints will be others where it is."""
+    confirmations: tuple[Confirmation, ...] = ()
+    named_files: dict[str, Path] = field(default_factory=dict)
+    """Corpora and tokenizers that are not built in, by their names in the sweep."""
+
+    cells: tuple[Cell, ...] = field(default=(), repr=False)
+    """Those that run, one a set of trials."""
+
+    @property
+    def training_flops(self) -> int:
+        return sum(trial.training_flops for trial in self.trials)
+
+    @property
+    def contrasts(self) -> tuple[Contrast, ...]:
+        """In what each arm differs from the baseline of its cells; of several learning rates one is looked at."""
+        return contrasts(self.sweep, self.trials)
+
+    @property
+    def confirming(self) -> tuple[PlannedTrial, ...]:
+        """All that may come once learning rates are chosen."""
+        return tuple(one for each in self.confirmations for one in each.may_come)
+
+    @property
+    def groups(self) -> tuple[RateGroup, ...]:
+        """In the order of the file: what has learning rates of its own."""
+        found = {cell.group(self.sweep): cell for cell in reversed(self.cells)}
+        return tuple(
+            RateGroup(cell.arm, other_axes(self.sweep, cell.axes))
+            for cell in self.cells
+            if found[cell.group(self.sweep)] is cell
+        )
+
+    def grown(self, rates: Iterable[GrownRate]) -> Plan:
+        """The plan with further learning rates. Those that it has, whose group it lacks or which lie outside of what
+        is searched now are left out."""
+        if self.sweep.growing_rates is None:
+            return self
+        cells = {(cell.group(self.sweep), cell.axes[LR]): cell for cell in self.cells}
+        first = {group: cell for (group, _), cell in reversed(cells.items())}
+        for one in rates:
+            group = group_of(self.sweep, one.arm, one.axes)
+            if group in first and (group, one.lr) not in cells and _is_allowed(self.sweep.growing_rates, one.lr):
+                cells[group, one.lr] = _at_rate(first[group], one.lr)
+        if len(cells) == len(self.cells):
+            return self
+        trials = in_order(self.sweep, list(cells.values()))
+        confirmations = confirmations_of(self.sweep, list(cells.values()), trials)
+        return replace(self, trials=trials, confirmations=confirmations, cells=tuple(cells.values()))
+
+
+def expand(sweep: Sweep, *, files_may_be_absent: bool = False) -> Plan:
+    """All trials of a sweep; UserError when a cell makes no config or two cells are the same trial.
+
+    ``files_may_be_absent``: a corpus or tokenizer with an absolute path may be on another machine only. Such a plan
+    is for looking at: its fingerprints stand for paths and not for content.
+    """
+    num_cells = number_of_cells(sweep)
+    num_trials = num_cells * (len(sweep.seeds) + len(sweep.confirm_seeds))
+    num_trials += num_cells // len(sweep.arms) * len(sweep.extra_baseline_seeds)
+    if (looks := seeds_of_looks(sweep)) is not None:
+        num_trials += num_cells * (len(looks.arms[-1]) - len(looks.arms[0]))
+    if num_trials > MAX_TRIALS:
+        raise UserError(f"{sweep.places.file}: {num_trials:,} trials; allowed: at most {MAX_TRIALS:,}")
+    files = Files(Path(sweep.path).parent, may_be_absent=files_may_be_absent)
+    runnable: list[Cell] = []
+    refused: list[Refusal] = []
+    too_large: dict[str, list[str]] = {}
+    for cell, reasons in _with_sizes(sweep, _cells(sweep, files)):
+        reasons += refusals(cell.config, cell.resources)
+        if not reasons:
+            if cell.size not in too_large:
+                too_large[cell.size] = memory_refusals(cell.config, cell.resources, refusals)
+            reasons = too_large[cell.size]
+        if reasons:
+            refused.append(Refusal(cell.arm, cell.axes, "; ".join(reasons)))
+        else:
+            runnable.append(cell)
+    refuse_identical(sweep, runnable)
+    refuse_other_measures(sweep, runnable)
+    trials = in_order(sweep, runnable)
+    refuse_undeclared(sweep, contrasts(sweep, trials))
+    confirmations = confirmations_of(sweep, runnable, trials)
+    absent = tuple(files.absent.values())
+    return Plan(sweep, trials, tuple(refused), absent, confirmations, files.named, tuple(runnable))
+
+
+def _is_allowed(rates: GrowingRates, lr: float) -> bool:
+    return isinstance(rates, ExtendedRates) or rates.search[0] <= lr <= rates.search[1]
+
+
+def _at_rate(cell: Cell, lr: float) -> Cell:
+    """Nothing else of a cell hangs on its rate: values that are a multiple of it are refused beside growing rates."""
+    train = cell.config.train.model_copy(update={"lr": lr})
+    config = cell.config.model_copy(update={"train": train})
+    return replace(cell, axes={**cell.axes, LR: lr}, config=config)
+
+
+def _cells(sweep: Sweep, files: Files) -> list[Cell]:
+    """Every cell that is not excluded, with its config unmatched."""
+    cells: list[Cell] = []
+    errors: dict[tuple[DocumentPath, str, bool], set[str]] = {}
+    used_entries: set[int] = set()
+    used_rules: set[int] = set()
+    combinations, common = assignments(sweep), sweep.resources.model_copy(update={"by": ()})
+    for arm in sweep.arms:
+        of_arm = arm_leaves(sweep, arm)
+        for assignment in combinations:
+            try:
+                leaves = compose(sweep, of_arm, assignment)
+                axes = axis_values(sweep, leaves)
+                matching = [index for index, entry in enumerate(sweep.exclude) if excluded_by(entry, arm, axes)]
+                used_entries.update(matching)
+                if not matching:
+                    own = sweep.resources.of(arm, axes) if sweep.resources.by else common
+                    used_rules.update(i for i, rule in enumerate(sweep.resources.by) if rule.matches(arm, axes))
+                    cells.append(Cell(arm, axes, leaves, cell_config(arm, leaves, files), own))
+            except CellError as error:
+                errors.setdefault((error.source, error.message, error.on_key), set()).add(arm)
+    problems = Problems(sweep.places)
+    for (source, message, on_key), arms in errors.items():
+        of_arms = "" if len(arms) == len(sweep.arms) or source[0] == "arms" else f" (arm {', '.join(sorted(arms))})"
+        problems.add(source, message + of_arms, on_key=on_key)
+    for index in range(len(sweep.exclude)):
+        if index not in used_entries and not errors:
+            problems.add(("exclude", index), "matches no cell; allowed: an entry that drops at least one")
+    for index in range(len(sweep.resources.by)):
+        if index not in used_rules and not errors:
+            place = ("resources", "by", index, "where")
+            problems.add(place, "matches no cell; allowed: a rule that at least one takes")
+    problems.raise_if_any()
+    refuse_empty(sweep, cells)
+    refuse_overrides_in_vain(sweep, cells)
+    return cells
+
+
+def _with_sizes(sweep: Sweep, cells: list[Cell]) -> Iterator[tuple[Cell, list[str]]]:
+    """The cells with their final widths: gated ones matched, controls sized; and why that is impossible, if it is."""
+    gated: dict[tuple[tuple[str, Any], ...], list[TrialConfig]] = {}
+    for cell in cells if sweep.sized_controls else ():
+        gated.setdefault(cell_key(cell.axes), []).append(cell.config)
+    for cell in cells:
+        said = f"match {sweep.match.by}"
+        try:
+            config = matched(cell.config, sweep, cell.arm, cell.resources)
+            if cell.arm in sweep.sized_controls:
+                said = f"control {cell.arm}"
+                config = sized(config, cell.arm, gates_add(gated[cell_key(cell.axes)]), cell.resources)
+        except ValueError as error:
+            yield cell, [f"{said} is impossible: {error}"]
+        else:
+            yield (cell if config is cell.config else replace(cell, config=config)), []
