@@ -138,6 +138,8 @@ class AttemptSpec(_Line):
     keep_checkpoints: int = Field(default=2, ge=1)
     final_checkpoint: bool = False
     """One more at the end of the schedule: what a finished trial is exported and measured from."""
+    branch_steps: tuple[int, ...] = ()
+    """More checkpoints after these steps, beside those that are kept: other trials may begin there."""
     threads_per_rank: int = 1
     diagnostics: DiagnosticsConfig | None = DiagnosticsConfig()
     log_labels: dict[str, str] | None = None
@@ -245,10 +247,19 @@ def complete_checkpoints(attempt_dir: Path) -> Iterator[tuple[int, Path]]:
         yield int(path.name.removeprefix("step_")), path
 
 
+def _attempt_specs(trial_dir: Path) -> list[AttemptSpec]:
+    return [read_attempt_spec(path.parent) for path in (trial_dir / "attempts").glob("[0-9]*-*/attempt.json")]
+
+
 def resumed_checkpoints(trial_dir: Path) -> set[Path]:
     """Those that attempts of the trial were told to go on from."""
-    specs = [read_attempt_spec(path.parent) for path in (trial_dir / "attempts").glob("[0-9]*-*/attempt.json")]
+    specs = _attempt_specs(trial_dir)
     return {Path(spec.resume_checkpoint) for spec in specs if spec.resume_checkpoint is not None}
+
+
+def branch_checkpoints(trial_dir: Path) -> set[Path]:
+    """Those that attempts of the trial were told to write for other trials, be they there or not."""
+    return {checkpoint_path(spec.attempt_dir, step) for spec in _attempt_specs(trial_dir) for step in spec.branch_steps}
 
 
 def visible_checkpoints(trial_dir: Path) -> Iterator[tuple[int, Path]]:

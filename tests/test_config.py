@@ -155,6 +155,10 @@ def test_impossible_experts_are_refused(changes, message):
         ({"weight_decay": -0.1}, "weight_decay"),
         ({"schedule": "linear"}, "'cosine', 'wsd' or 'constant'"),
         ({"clip_gradient_norm": 0.0}, "clip_gradient_norm"),
+        ({"warmup_tokens": 1e5}, r"warmup_tokens 100,000 is 49 steps; allowed: at most 40 steps \["),
+        ({"schedule": "wsd", "warmup_tokens": 7e4}, "is 34 steps; allowed: at most 40 steps less decay_fraction 0.2"),
+        ({"trunk_tokens": 1e6}, "trunk_tokens does nothing with schedule cosine; allowed: with schedule wsd"),
+        ({"schedule": "wsd", "trunk_tokens": 2e4}, "trunk_tokens 20,000 must not be below tokens 81,920"),
     ],
 )
 def test_impossible_training_is_refused(changes, message):
@@ -209,6 +213,7 @@ def test_a_world_is_the_product_of_its_layout():
 
 # -- fingerprints ---------------------------------------------------------------------------------------------
 
+TRAIN = trial().train
 FULL = trial(GateConfig(position="sdpa"), data=DataConfig(corpus_sha256="c" * 64, tokenizer_sha256="t" * 64))
 
 OTHER_VALUES = {
@@ -224,6 +229,7 @@ OTHER_VALUES = {
     "activation": "silu",
     "input": "none",
     "schedule": "wsd",
+    "warmup_tokens": 4096,
     "precision": "bf16",
     "init": "zero",
     "position": "value",
@@ -246,6 +252,8 @@ CONDITIONAL = {
 
 NOT_LEARNT = {("data", "corpus"), ("data", "tokenizer")}
 """Paths: the hashes stand for the files."""
+WITH_WSD = {("train", "trunk_tokens")}
+"""Only there with schedule wsd: below."""
 
 
 def leaves(config, path=()):
@@ -280,7 +288,9 @@ WITHIN_FP8 = {("fp8",)}
 """Only there with precision fp8: below."""
 
 LEARNT = [
-    (path, value) for path, value in leaves(FULL) if path not in NOT_LEARNT | WITHIN_FP8 and path[-1] not in CONDITIONAL
+    (path, value)
+    for path, value in leaves(FULL)
+    if path not in NOT_LEARNT | WITHIN_FP8 | WITH_WSD and path[-1] not in CONDITIONAL
 ]
 
 
@@ -289,6 +299,23 @@ def test_the_fingerprint_changes_with_every_learnt_field(path, value):
     changed = with_leaf(FULL, path, another(path[-1], value))
     assert changed != FULL
     assert changed.fingerprint() != FULL.fingerprint()
+
+
+def wsd_trial(**train):
+    return TrialConfig.model_validate(
+        {**FULL.model_dump(), "train": {**TRAIN.model_dump(), "schedule": "wsd", **train}}
+    )
+
+
+def test_a_longer_trunk_is_another_order_of_the_data_and_a_trunk_of_its_own_length_is_none():
+    plain, trunk, branch = wsd_trial(), wsd_trial(trunk_tokens=TRAIN.tokens), wsd_trial(trunk_tokens=2 * TRAIN.tokens)
+    assert plain.fingerprint() == trunk.fingerprint() != branch.fingerprint()
+    assert [one.train.num_data_steps for one in (plain, branch)] == [TRAIN.num_steps, 2 * TRAIN.num_steps]
+
+
+def test_a_fraction_of_warm_up_is_nothing_where_tokens_are_given():
+    twins = [wsd_trial(warmup_tokens=4096, warmup_fraction=fraction).fingerprint() for fraction in (0.1, 0.3)]
+    assert twins[0] == twins[1] != wsd_trial(warmup_tokens=8192).fingerprint()
 
 
 def fp8_trial(**fp8):
@@ -333,7 +360,9 @@ def test_the_fingerprint_changes_with_every_field_of_the_experts(name):
 
 def test_every_field_is_either_learnt_or_known_not_to_be():
     paths = {path for path, _ in leaves(FULL)}
-    assert {path for path, _ in LEARNT} | NOT_LEARNT | WITHIN_FP8 | {("gate", name) for name in CONDITIONAL} == paths
+    assert {path for path, _ in LEARNT} | NOT_LEARNT | WITHIN_FP8 | WITH_WSD | {
+        ("gate", name) for name in CONDITIONAL
+    } == paths
     assert len(LEARNT) > 40
 
 

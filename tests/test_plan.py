@@ -519,6 +519,10 @@ def test_a_vocabulary_padded_below_the_tokenizers_is_refused(plan):
             "arms.g1.train={schedule: constant, min_lr_fraction: 0.5}",
             "min_lr_fraction does nothing with .* cosine or wsd",
         ),
+        (
+            "arms.g1.train={warmup_tokens: 512, warmup_fraction: 0.2}",
+            "warmup_fraction does nothing beside warmup_tokens; allowed: one of the two",
+        ),
     ],
 )
 def test_an_arm_that_would_differ_in_nothing_is_refused(plan, override, words):

@@ -48,7 +48,7 @@ def rates(**options):
     """The rate of every step of a schedule of 100 steps, by step (index 0 is unused)."""
     from models.trainer.schedule import learning_rate
 
-    train = TrainConfig(tokens=100, batch_tokens=1, **{"lr": 1.0, "min_lr_fraction": 0.1} | options)
+    train = TrainConfig(**{"tokens": 100, "batch_tokens": 1, "lr": 1.0, "min_lr_fraction": 0.1} | options)
     return [math.nan, *(learning_rate(train, step) for step in range(1, 101))]
 
 
@@ -65,6 +65,13 @@ def test_wsd_is_stable_then_falls_in_a_line():
     assert lr[5] == pytest.approx(0.5)
     assert lr[10:81] == [1.0] * 71
     assert lr[80:101] == pytest.approx([1.0 - 0.9 * step / 20 for step in range(21)])
+
+
+def test_a_warm_up_in_tokens_does_not_grow_with_the_budget():
+    short = rates(schedule="wsd", warmup_tokens=10, decay_fraction=0.2)
+    long = rates(schedule="wsd", warmup_tokens=10, decay_fraction=0.2, tokens=1000)
+    assert short[1:81] == long[1:81]
+    assert short[1:12] == pytest.approx([step / 10 for step in range(1, 11)] + [1.0])
 
 
 def test_constant_stays():

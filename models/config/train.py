@@ -19,6 +19,11 @@ class TrainConfig(Frozen):
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     """``wsd``: warm-up, stable, then linear decay over the last ``decay_fraction``."""
     warmup_fraction: Fraction = 0.1
+    warmup_tokens: Count | None = None
+    """In place of ``warmup_fraction``: a warm-up that does not grow with the budget."""
+    trunk_tokens: Count | None = None
+    """With ``wsd``: the data comes in the order of a run of so many tokens, at least ``tokens``. So runs of several
+    budgets are one run up to where each begins to decay, and shorter ones may start from a checkpoint of a longer."""
     decay_fraction: Fraction = 0.2
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
     """Never applied to norms, biases and input-independent gates."""
@@ -32,12 +37,44 @@ class TrainConfig(Frozen):
         """Optimizer steps; the last batch may go past ``tokens``, never short of it."""
         return -(-self.tokens // self.batch_tokens)
 
+    @property
+    def num_data_steps(self) -> int:
+        """Steps that the order of the training data is made for."""
+        return -(-(self.trunk_tokens or self.tokens) // self.batch_tokens)
+
+    @property
+    def warmup_steps(self) -> int:
+        if self.warmup_tokens is not None:
+            return round(self.warmup_tokens / self.batch_tokens)
+        return round(self.warmup_fraction * self.num_steps)
+
+    @property
+    def decay_steps(self) -> int:
+        """Of ``wsd``: the last so many steps have less than the full rate, each less than the one before."""
+        return round(self.decay_fraction * self.num_steps)
+
     @model_validator(mode="after")
     def _schedule_fits(self) -> TrainConfig:
-        if self.schedule == "wsd" and self.warmup_fraction + self.decay_fraction > 1.0:
+        decay = self.decay_fraction if self.schedule == "wsd" else 0.0
+        if self.warmup_tokens is None and self.warmup_fraction + decay > 1.0:
             raise ValueError(
                 f"warmup_fraction {self.warmup_fraction} + decay_fraction {self.decay_fraction} must not exceed 1"
             )
+        if self.warmup_tokens is not None and self.warmup_steps > self.num_steps - round(decay * self.num_steps):
+            left = f"{self.num_steps:,} steps" + (f" less decay_fraction {decay:g} of them" if decay else "")
+            raise ValueError(
+                f"warmup_tokens {self.warmup_tokens:,} is {self.warmup_steps:,} steps; allowed: at most {left}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _trunk_is_longer(self) -> TrainConfig:
+        if self.trunk_tokens is None:
+            return self
+        if self.schedule != "wsd":
+            raise ValueError(f"trunk_tokens does nothing with schedule {self.schedule}; allowed: with schedule wsd")
+        if self.trunk_tokens < self.tokens:
+            raise ValueError(f"trunk_tokens {self.trunk_tokens:,} must not be below tokens {self.tokens:,}")
         return self
 
 

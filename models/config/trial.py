@@ -108,6 +108,11 @@ class TrialConfig(Frozen):
         if self.more_gates:
             # The order in which a file names the gates changes nothing.
             content["gate"] = [gate.model_dump(mode="json") for gate in self.gates]
+        if self.train.trunk_tokens == self.train.tokens:
+            # The longest run is the run that knows of no shorter ones.
+            del content["train"]["trunk_tokens"]
+        if self.train.warmup_tokens is not None:
+            del content["train"]["warmup_fraction"]
         if self.data.corpus_sha256:
             del content["data"]["corpus"]
         for name in ("blend", "validation_sets"):

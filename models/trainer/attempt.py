@@ -183,7 +183,7 @@ class _Attempt:
             corpus.training_samples(
                 sources,
                 trial.data,
-                num_samples=trial.train.num_steps * trial.batch_sequences,
+                num_samples=trial.train.num_data_steps * trial.batch_sequences,
                 seed=trial.seed,
                 opened=world.datasets,
             ),
@@ -255,7 +255,7 @@ class _Attempt:
 
     def _checkpoint_is_due(self) -> bool:
         every = self.spec.checkpoint_every_steps
-        return every is not None and self.step % every == 0
+        return self.step in self.spec.branch_steps or (every is not None and self.step % every == 0)
 
     def _save(self) -> None:
         if self.step > self.spec.resume_step:

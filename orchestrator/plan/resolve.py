@@ -56,6 +56,9 @@ def _refuse_in_vain(train: TrainConfig, leaves: Leaves) -> None:
             name, allowed = path.partition(".")[2], " or ".join(schedules)
             said = f"{name} does nothing with schedule {train.schedule}; allowed: with schedule {allowed}"
             raise CellError(leaf.source, said)
+    fraction = leaves.get("train.warmup_fraction")
+    if train.warmup_tokens is not None and fraction is not None and fraction.source[0] != "base":
+        raise CellError(fraction.source, "warmup_fraction does nothing beside warmup_tokens; allowed: one of the two")
 
 
 def _look_up_plugins(values: dict[str, Any], leaves: Leaves) -> None:
