@@ -10,7 +10,7 @@ from typing import Any
 
 from orchestrator.plan import Plan, PlannedTrial
 from orchestrator.store import Store, find_choice
-from orchestrator.sweep import UserError
+from orchestrator.sweep import PromoteConfig, UserError
 
 
 def refuse_stale(plan: Plan, store: Store) -> None:
@@ -44,6 +44,10 @@ def refuse_other_looks(plan: Plan, store: Store) -> None:
     if before != now and (before["allocate"] or now["allocate"]):
         said = " -> ".join(f"looks {one['looks']}, allocate {one['allocate'] or 'none'}" for one in (before, now))
         raise UserError(f"{sweep.path}: verdict: {said}: looks hold as they were first declared; {instead}")
+    gates = row.verdict.get("promote"), rules["promote"]
+    if gates[0] != gates[1]:
+        said = " -> ".join("none" if one is None else str(PromoteConfig.model_validate(one)) for one in gates)
+        raise UserError(f"{sweep.path}: verdict: promote {said}: gates hold as they were first declared; {instead}")
     if not row.verdict.get("allocated"):
         return
     as_now = sweep.model_dump(mode="json", include={"seeds", "confirm_seeds", "extra_baseline_seeds"})
@@ -62,12 +66,12 @@ def _choices_changed(plan: Plan, verdict: Mapping[str, Any]) -> bool:
 
 def refuse_reuse(plan: Plan, store: Store) -> None:
     """UserError when any trial of the plan was trained by another sweep and by none of this name."""
-    seen = store.trained_elsewhere(plan.sweep.name, [trial.fingerprint for trial in plan.trials])
+    seen = store.trained_elsewhere(plan.sweep.name, [trial.fingerprint for trial in plan.all_trials])
     if seen:
         raise UserError(
-            f"{plan.sweep.path}: --no-reuse: {len(seen)} of {len(plan.trials)} trials would be taken from "
+            f"{plan.sweep.path}: --no-reuse: {len(seen)} of {len(plan.all_trials)} trials would be taken from "
             f"{_named(seen.values())}; a trial is what is learnt, so other seeds make new ones, such as "
-            f"{_unused(plan, plan.trials)}"
+            f"{_unused(plan, plan.all_trials)}"
         )
 
 

@@ -21,8 +21,7 @@ from orchestrator.controller import (
     Controller,
     SweepStopped,
     View,
-    confirm,
-    grow_rates,
+    bring_up_to_date,
     is_dead,
 )
 from orchestrator.gang import Cluster
@@ -89,10 +88,7 @@ def run_sweep(
         added = store.add(plan)
         for extension in extensions:
             store.add_event(added.sweep_id, BUDGET_EXTENDED, extension)
-        grown = grow_rates(store, plan, lambda line: console.print(line, highlight=False))
-        plan = grown.plan
-        while confirm(store, sweep, grown.confirmations, lambda line: console.print(line, highlight=False)):
-            pass
+        plan = bring_up_to_date(store, plan, lambda line: console.print(line, highlight=False))
         current = store.trials(added.sweep_id)
         states = [trial.state for trial in current]
         missing = sum(state in ("WAITING", "RUNNING") for state in states)

@@ -9,6 +9,7 @@ from orchestrator.controller.cluster_watch import ClusterLost
 from orchestrator.controller.growing import grow_rates
 from orchestrator.controller.lease_holder import is_dead
 from orchestrator.controller.loop import BudgetUsedUp, Controller, SweepStopped
+from orchestrator.controller.promotion import bring_up_to_date
 from orchestrator.controller.reproduction import Reproduction, reproduce
 from orchestrator.controller.selection import choose_rates
 from orchestrator.controller.snapshot import Running, Snapshot, View, told_about
@@ -22,6 +23,7 @@ __all__ = [
     "Snapshot",
     "SweepStopped",
     "View",
+    "bring_up_to_date",
     "choose_rates",
     "confirm",
     "grow_rates",

@@ -18,12 +18,13 @@ from orchestrator.controller.disk import DiskWatch
 from orchestrator.controller.ends import end_attempt
 from orchestrator.controller.following import follow
 from orchestrator.controller.gang_pool import GangPool
-from orchestrator.controller.growing import grow_rates
+from orchestrator.controller.growing import Grown, grow_rates
 from orchestrator.controller.known_trials import KnownTrials
 from orchestrator.controller.launching import launch
 from orchestrator.controller.lease_holder import acquire_lease
 from orchestrator.controller.orders import Orders
 from orchestrator.controller.outage import OutageWatch
+from orchestrator.controller.promotion import promote_arms
 from orchestrator.controller.pruning import RankPruning
 from orchestrator.controller.running import RunningAttempt, eta_seconds
 from orchestrator.controller.schedule import Schedule
@@ -34,7 +35,7 @@ from orchestrator.controller.sweep_run import SweepRun
 from orchestrator.failures import Wish
 from orchestrator.gang import Cluster, Gang, GangEnd, GangShape, GangState
 from orchestrator.notices import Webhook
-from orchestrator.plan import Confirmation, Plan, PlannedTrial, micro_batch_sizes
+from orchestrator.plan import Confirmation, Plan, PlannedTrial, RateGroup, micro_batch_sizes
 from orchestrator.search import Search
 from orchestrator.store import STATES, Lease, Store, TrialRow
 from orchestrator.sweep import Sweep, UserError
@@ -83,9 +84,9 @@ class Controller:
         self.outage = OutageWatch(store, sweep_id, self.clock, view)
         store = self.outage.store  # from here on nobody else's: it waits where the given one would fail
         self.sweep, self.sweep_id, self.store, self.view = sweep, sweep_id, store, view
-        self.cluster, self.plan = cluster, plan
-        """The plan is only needed by learning rates that join while it runs."""
-        cells = _cells(store, sweep_id, confirmations)
+        self.cluster, self.plan, self.open_groups = cluster, plan, tuple[RateGroup, ...]()
+        """The plan is only needed by what joins while it runs: learning rates, and rungs behind gates."""
+        cells = _cells(store, sweep_id, confirmations, plan)
         own = [sweep.resources.of(one.arm, one.axes) for one in cells]
         sizes = micro_batch_sizes([(one.config, resources) for one, resources in zip(cells, own, strict=True)])
         pool = GangPool(cluster, (GangShape.of(one) for one in own), sweep.resources, store, sweep_id, view, self.clock)
@@ -262,9 +263,9 @@ class Controller:
 
     def _refresh(self, now: bool = False) -> None:
         if now or self.clock.monotonic() - self.trials.read_at > REFRESH_SECONDS:
-            grows = self._grow()
-            self.trials.read(everything=grows)
-            if confirm(self.store, self.sweep, self.confirmations, self.view.tell, self.trials.by_fingerprint):
+            self.trials.read(everything=self._grow())
+            while self._confirm() or self._promote():
+                self._grow()
                 self.trials.read(everything=True)
             self.pool.read_nodes()
             self._cancel(self.orders.to_cancel())
@@ -273,9 +274,24 @@ class Controller:
         if self.plan is None or self.sweep.growing_rates is None:
             return False
         grown = grow_rates(self.store, self.plan, self.view.tell)
-        self.plan, self.confirmations = grown.plan, grown.confirmations
-        self.sweep_run.add([*self.plan.trials, *self.plan.confirming])
+        self._take(grown)
         return True
+
+    def _confirm(self) -> bool:
+        known = self.trials.by_fingerprint
+        return confirm(self.store, self.sweep, self.confirmations, self.view.tell, known) > 0
+
+    def _promote(self) -> bool:
+        if self.plan is None or not self.plan.held:
+            return False
+        grown = Grown(self.plan, self.open_groups)
+        plan = promote_arms(self.store, grown, self.view.tell, self.trials.by_fingerprint)
+        self._take(Grown(plan, self.open_groups))
+        return plan is not grown.plan
+
+    def _take(self, grown: Grown) -> None:
+        self.plan, self.open_groups, self.confirmations = grown.plan, grown.open_groups, grown.confirmations
+        self.sweep_run.add([*grown.plan.trials, *grown.plan.confirming])
 
     def _cancel(self, fingerprints: set[str]) -> None:
         for attempt in self.running:
@@ -307,9 +323,14 @@ class Controller:
         )
 
 
-def _cells(store: Store, sweep_id: int, confirmations: Sequence[Confirmation]) -> list[TrialRow | PlannedTrial]:
+def _cells(
+    store: Store, sweep_id: int, confirmations: Sequence[Confirmation], plan: Plan | None
+) -> list[TrialRow | PlannedTrial]:
     """The trials of a sweep, and those that may come."""
     trials = store.trials(sweep_id)
-    known = {trial.fingerprint for trial in trials}
     may_come = [trial for one in confirmations for trial in one.may_come]
+    held = () if plan is None else plan.held
+    may_come += [trial for one in held for trial in one.trials]
+    may_come += [trial for one in held for each in one.confirmations for trial in each.may_come]
+    known = {trial.fingerprint for trial in trials}
     return [*trials, *(one for one in may_come if one.fingerprint not in known)]

@@ -7,8 +7,9 @@ a whole config shows are UserErrors; what is right but beyond this version or th
 from orchestrator.plan.contrasts import Change, Contrast
 from orchestrator.plan.expansion import MAX_TRIALS, Plan, expand
 from orchestrator.plan.fit import after_out_of_memory, micro_batch_sizes
+from orchestrator.plan.ladder_rungs import rung_key
 from orchestrator.plan.ordering import LR
-from orchestrator.plan.planned import Confirmation, GrownRate, PlannedTrial, RateGroup, Refusal
+from orchestrator.plan.planned import Confirmation, GrownRate, HeldBack, PlannedRung, PlannedTrial, RateGroup, Refusal
 from orchestrator.plan.resolve import match_residual
 
 __all__ = [
@@ -18,7 +19,9 @@ __all__ = [
     "Confirmation",
     "Contrast",
     "GrownRate",
+    "HeldBack",
     "Plan",
+    "PlannedRung",
     "PlannedTrial",
     "RateGroup",
     "Refusal",
@@ -26,4 +29,5 @@ __all__ = [
     "expand",
     "match_residual",
     "micro_batch_sizes",
+    "rung_key",
 ]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from models.config import TrialConfig
+from orchestrator.plan.assembly import assembled
 from orchestrator.plan.cells import (
     CellError,
     arm_leaves,
@@ -25,6 +26,7 @@ from orchestrator.plan.contrasts import Contrast, contrasts, refuse_undeclared
 from orchestrator.plan.controls import gates_add, sized
 from orchestrator.plan.files import Files
 from orchestrator.plan.fit import memory_refusals
+from orchestrator.plan.ladder_rungs import rung_key
 from orchestrator.plan.mistakes import (
     cell_key,
     refuse_empty,
@@ -32,8 +34,8 @@ from orchestrator.plan.mistakes import (
     refuse_other_measures,
     refuse_overrides_in_vain,
 )
-from orchestrator.plan.ordering import LR, Cell, confirmations_of, group_of, in_order, other_axes
-from orchestrator.plan.planned import Confirmation, GrownRate, PlannedTrial, RateGroup, Refusal
+from orchestrator.plan.ordering import LR, Cell, group_of, other_axes
+from orchestrator.plan.planned import Confirmation, GrownRate, HeldBack, PlannedRung, PlannedTrial, RateGroup, Refusal
 from orchestrator.plan.refusals import refusals
 from orchestrator.plan.resolve import cell_config, matched
 from orchestrator.sweep import (
@@ -62,6 +64,19 @@ class Plan:
 
     cells: tuple[Cell, ...] = field(default=(), repr=False)
     """Those that run, one a set of trials."""
+    held: tuple[HeldBack, ...] = ()
+    """What waits for a verdict on a smaller rung, and may never be the sweep's: neither ``trials`` nor
+    ``confirmations`` have it."""
+    rungs: tuple[PlannedRung, ...] = ()
+    """From small to large, where gates stand between them."""
+    let_through: frozenset[str] = field(default=frozenset(), repr=False)
+    """Arms on rungs, by ``rung_key``, that no gate holds back any more."""
+
+    @property
+    def all_trials(self) -> tuple[PlannedTrial, ...]:
+        """Those that are held back, too, in the order in which they would run."""
+        held = (trial for one in self.held for trial in one.trials)
+        return tuple(sorted((*self.trials, *held), key=lambda trial: trial.position)) if self.held else self.trials
 
     @property
     def training_flops(self) -> int:
@@ -70,22 +85,25 @@ class Plan:
     @property
     def contrasts(self) -> tuple[Contrast, ...]:
         """In what each arm differs from the baseline of its cells; of several learning rates one is looked at."""
-        return contrasts(self.sweep, self.trials)
+        return contrasts(self.sweep, self.all_trials)
 
     @property
     def confirming(self) -> tuple[PlannedTrial, ...]:
-        """All that may come once learning rates are chosen."""
-        return tuple(one for each in self.confirmations for one in each.may_come)
+        """All that may come once learning rates are chosen, and arms let through."""
+        held = (each for one in self.held for each in one.confirmations)
+        return tuple(one for each in (*self.confirmations, *held) for one in each.may_come)
 
     @property
     def groups(self) -> tuple[RateGroup, ...]:
-        """In the order of the file: what has learning rates of its own."""
+        """In the order of the file: what has learning rates of its own, and is not held back."""
         found = {cell.group(self.sweep): cell for cell in reversed(self.cells)}
-        return tuple(
+        held = {rung_key(one.arm, one.axes) for one in self.held}
+        groups = (
             RateGroup(cell.arm, other_axes(self.sweep, cell.axes))
             for cell in self.cells
             if found[cell.group(self.sweep)] is cell
         )
+        return tuple(group for group in groups if rung_key(group.arm, group.axes) not in held)
 
     def grown(self, rates: Iterable[GrownRate]) -> Plan:
         """The plan with further learning rates. Those that it has, whose group it lacks or which lie outside of what
@@ -100,9 +118,26 @@ class Plan:
                 cells[group, one.lr] = _at_rate(first[group], one.lr)
         if len(cells) == len(self.cells):
             return self
-        trials = in_order(self.sweep, list(cells.values()))
-        confirmations = confirmations_of(self.sweep, list(cells.values()), trials)
-        return replace(self, trials=trials, confirmations=confirmations, cells=tuple(cells.values()))
+        return self._of(tuple(cells.values()), self.let_through)
+
+    def promoted(self, let_through: Iterable[str]) -> Plan:
+        """The plan in which these arms, by ``rung_key``, are held back no more. Those that it does not hold count for
+        nothing."""
+        known = {rung_key(one.arm, one.axes) for one in self.held}
+        new = known & set(let_through)
+        return self._of(self.cells, self.let_through | new) if new else self
+
+    def _of(self, cells: tuple[Cell, ...], let_through: frozenset[str]) -> Plan:
+        made = assembled(self.sweep, cells, let_through, has_gates=bool(self.rungs))
+        return replace(
+            self,
+            trials=made.trials,
+            confirmations=made.confirmations,
+            held=made.held,
+            rungs=made.rungs,
+            cells=cells,
+            let_through=let_through,
+        )
 
 
 def expand(sweep: Sweep, *, files_may_be_absent: bool = False) -> Plan:
@@ -134,11 +169,21 @@ def expand(sweep: Sweep, *, files_may_be_absent: bool = False) -> Plan:
             runnable.append(cell)
     refuse_identical(sweep, runnable)
     refuse_other_measures(sweep, runnable)
-    trials = in_order(sweep, runnable)
-    refuse_undeclared(sweep, contrasts(sweep, trials))
-    confirmations = confirmations_of(sweep, runnable, trials)
-    absent = tuple(files.absent.values())
-    return Plan(sweep, trials, tuple(refused), absent, confirmations, files.named, tuple(runnable))
+    # With a cell that is refused nothing runs, and a ladder may lack a rung.
+    made = assembled(sweep, runnable, (), has_gates=sweep.verdict.promote is not None and not refused)
+    plan = Plan(
+        sweep,
+        made.trials,
+        tuple(refused),
+        tuple(files.absent.values()),
+        made.confirmations,
+        files.named,
+        tuple(runnable),
+        made.held,
+        made.rungs,
+    )
+    refuse_undeclared(sweep, plan.contrasts)
+    return plan
 
 
 def _is_allowed(rates: GrowingRates, lr: float) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -62,7 +62,7 @@ def group_of(sweep: Sweep, arm: str, axes: dict[str, Any]) -> str:
     return json.dumps([arm, other_axes(sweep, axes)], default=str)
 
 
-def in_order(sweep: Sweep, cells: list[Cell]) -> tuple[PlannedTrial, ...]:
+def in_order(sweep: Sweep, cells: Sequence[Cell], first_position: int = 0) -> tuple[PlannedTrial, ...]:
     """Blocks that hold every cell of one seed; within a block an order drawn from ``order_seed``.
 
     The baseline's extra seeds are dealt out over the blocks: a block of their own would give the baseline alone the
@@ -70,11 +70,11 @@ def in_order(sweep: Sweep, cells: list[Cell]) -> tuple[PlannedTrial, ...]:
     leaves the order of the others as it is.
     """
     extra = () if sweep.confirm_seeds else sweep.extra_baseline_seeds
-    return _blocks(sweep, cells, sweep.seeds, extra, 0)
+    return _blocks(sweep, cells, sweep.seeds, extra, first_position)
 
 
 def _blocks(
-    sweep: Sweep, cells: list[Cell], seeds: tuple[int, ...], extra_seeds: tuple[int, ...], first_position: int
+    sweep: Sweep, cells: Sequence[Cell], seeds: tuple[int, ...], extra_seeds: tuple[int, ...], first_position: int
 ) -> tuple[PlannedTrial, ...]:
     ordered: list[tuple[str, Cell, int, dict[str, Any]]] = []
     priced = list(zip(cells, _prices(cells), strict=True))
@@ -88,8 +88,11 @@ def _blocks(
     return tuple(_trial(position, *one) for position, one in enumerate(ordered, first_position))
 
 
-def confirmations_of(sweep: Sweep, cells: list[Cell], selection: tuple[PlannedTrial, ...]) -> tuple[Confirmation, ...]:
-    """One for each arm and value of the other axes, in the order of the file; their trials come after all others."""
+def confirmations_of(
+    sweep: Sweep, cells: Sequence[Cell], selection: Sequence[PlannedTrial]
+) -> tuple[Confirmation, ...]:
+    """One for each arm and value of the other axes, in the order of the file; their trials come after all others.
+    ``selection``: the trials of the same cells that choose."""
     if not sweep.confirm_seeds:
         return ()
 
@@ -101,9 +104,10 @@ def confirmations_of(sweep: Sweep, cells: list[Cell], selection: tuple[PlannedTr
     by_lr: dict[str, dict[float, list[PlannedTrial]]] = {}
     for trial in selection:
         choosing.setdefault(group(trial), []).append(trial.fingerprint)
-    for trial in _blocks(sweep, cells, sweep.confirm_seeds, sweep.extra_baseline_seeds, len(selection)):
+    position = 1 + max((trial.position for trial in selection), default=-1)
+    for trial in _blocks(sweep, cells, sweep.confirm_seeds, sweep.extra_baseline_seeds, position):
         by_lr.setdefault(group(trial), {}).setdefault(trial.config.train.lr, []).append(trial)
-    later = _later(sweep, cells, len(selection) + sum(map(len, (of for one in by_lr.values() for of in one.values()))))
+    later = _later(sweep, cells, position + sum(len(of) for one in by_lr.values() for of in one.values()))
     return tuple(
         Confirmation(
             arm=cell.arm,
@@ -117,7 +121,7 @@ def confirmations_of(sweep: Sweep, cells: list[Cell], selection: tuple[PlannedTr
 
 
 def _later(
-    sweep: Sweep, cells: list[Cell], first_position: int
+    sweep: Sweep, cells: Sequence[Cell], first_position: int
 ) -> dict[str, dict[float, tuple[tuple[PlannedTrial, ...], ...]]]:
     """By group and rate, what each look after the first may add. A look is a block: all that it adds is drawn into
     one order, so that no arm has the end of the sweep for itself."""
@@ -147,7 +151,7 @@ def _draw(sweep: Sweep, fingerprint: str) -> bytes:
     return hashlib.sha256(f"{sweep.order_seed}:{fingerprint}".encode()).digest()
 
 
-def _prices(cells: list[Cell]) -> list[dict[str, Any]]:
+def _prices(cells: Sequence[Cell]) -> list[dict[str, Any]]:
     """What a trial of each cell costs: the fields of PlannedTrial that no seed changes."""
     sizes = micro_batch_sizes([(cell.config, cell.resources) for cell in cells])
     known: dict[tuple[str, int], dict[str, Any]] = {}

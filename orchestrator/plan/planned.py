@@ -72,6 +72,39 @@ class Confirmation:
 
 
 @dataclass(frozen=True)
+class HeldBack:
+    """An arm on a rung that ``verdict.promote`` holds back: it joins the sweep once the rung below lets it through."""
+
+    arm: str
+    rung: int
+    """From 1, the smallest."""
+    axes: dict[str, Any]
+    """Of the rung, but for the learning rate and what is derived."""
+    below: int
+    """The arm's next smaller rung, whose verdict is read ..."""
+    axes_below: dict[str, Any]
+    """... and its axes."""
+    trials: tuple[PlannedTrial, ...]
+    confirmations: tuple[Confirmation, ...]
+
+    @property
+    def most_flops(self) -> int:
+        """With the dearest learning rate confirmed."""
+        choosing = sum(trial.training_flops for trial in self.trials)
+        return choosing + sum(one.most_flops for one in self.confirmations)
+
+
+@dataclass(frozen=True)
+class PlannedRung:
+    """One size of a ladder with gates, as it is planned whole."""
+
+    number: int
+    axes: dict[str, Any]
+    num_trials: dict[str, int]
+    """By arm, in the order of the file: those that choose, or, without ``confirm`` seeds, all."""
+
+
+@dataclass(frozen=True)
 class RateGroup:
     """What has learning rates of its own: an arm, at one value of every axis but the rate and what is derived."""
 

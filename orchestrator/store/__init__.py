@@ -6,6 +6,7 @@ from orchestrator.store.face import Store
 from orchestrator.store.layers import mean_or_none
 from orchestrator.store.migrate import upgrade_store
 from orchestrator.store.outage import Patience, StoreOutage
+from orchestrator.store.promoted import GATED, GatePassage, passages, standing_passages
 from orchestrator.store.rows import (
     BUDGET,
     BUDGET_EXTENDED,
@@ -55,6 +56,7 @@ __all__ = [
     "CAP_SET",
     "CONTROLLER_LOST",
     "FINISHED",
+    "GATED",
     "HOST_EXCLUDED",
     "REPRODUCED",
     "STATES",
@@ -68,6 +70,7 @@ __all__ = [
     "FailedRow",
     "Finding",
     "FinishedIsFinal",
+    "GatePassage",
     "Imported",
     "ImportedCurve",
     "ImportedPoint",
@@ -98,6 +101,8 @@ __all__ = [
     "find_choice",
     "import_store",
     "mean_or_none",
+    "passages",
+    "standing_passages",
     "upgrade_store",
     "verdict_seeds",
 ]

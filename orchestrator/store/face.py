@@ -20,6 +20,7 @@ from orchestrator.store import (
     foreign_curves,
     orphans,
     outcomes,
+    promoted,
     query,
     ranking,
     reader,
@@ -33,6 +34,7 @@ from orchestrator.store import running as running_rows
 from orchestrator.store.engine import make_engine, parse_url, reading, writing
 from orchestrator.store.migrate import migrate
 from orchestrator.store.outage import Patience, as_outage
+from orchestrator.store.promoted import GatePassage
 from orchestrator.store.query import View
 from orchestrator.store.rows import (
     Added,
@@ -168,6 +170,19 @@ class Store:
     ) -> bool:
         """Note what a look decided, with the confirming trials that it gave; False when that was noted before."""
         return self._write(allotted.allot, sweep_id, axes, look, trials, reasons, formula)
+
+    def promote(self, sweep_id: int, decided: Sequence[GatePassage], trials: Sequence[PlannedTrial]) -> bool:
+        """Note what a gate decided and add the trials that it lets through; False when it was decided before."""
+        return self._write(promoted.promote, sweep_id, decided, trials)
+
+    def promote_anyway(self, sweep_id: int, keys: Sequence[str]) -> list[GatePassage]:
+        """Arms go on although a gate holds them back, by ``GatePassage.key``; returns those. Trials are added by the
+        next ``add``, or by the sweep's controller."""
+        return self._write(promoted.promote_anyway, sweep_id, keys)
+
+    def join(self, sweep_id: int, trials: Sequence[PlannedTrial]) -> None:
+        """Trials become the sweep's, beside those that it has."""
+        self._write(submission.join_trials, sweep_id, trials)
 
     def sweeps(self) -> list[SweepRow]:
         return self._read(reader.sweeps)
@@ -463,6 +478,8 @@ class Store:
 
 
 def _add(connection: Connection, plan: Plan) -> Added:
-    added = submission.add_plan(connection, plan.grown(submission.grown_rates_of(connection, plan.sweep.name)))
+    name = plan.sweep.name
+    plan = plan.promoted(promoted.let_through(connection, name)).grown(submission.grown_rates_of(connection, name))
+    added = submission.add_plan(connection, plan)
     ranking.reopen_pruned(connection, added.sweep_id, plan.sweep.model_dump(mode="json", include={"prune"}))
     return added

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -187,10 +188,13 @@ def _confirm(connection: Connection, sweep_id: int, confirmation: Confirmation, 
 def _put_sweep(connection: Connection, plan: Plan) -> int:
     """The column ``verdict`` is written once: what was declared before anything ran holds, whatever comes later.
 
-    ``settings`` also hold ``declared``: by arm, the keys that it sets otherwise than the baseline.
+    ``settings`` also hold ``declared``: by arm, the keys that it sets otherwise than the baseline; and the
+    ``rungs`` of a ladder with gates.
     """
     now, sweep = datetime.now(UTC), plan.sweep
     settings = {**sweep.model_dump(mode="json"), "declared": _declared(plan)}
+    if plan.rungs:
+        settings["rungs"] = [asdict(rung) for rung in plan.rungs]
     values: dict[str, Any] = {
         "question": sweep.question,
         "baseline": sweep.baseline,
@@ -220,7 +224,7 @@ def _put_sweep(connection: Connection, plan: Plan) -> int:
 
 
 def _written_out(verdict: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-    return None if verdict is None else {"allocate": None, **verdict}
+    return None if verdict is None else {"allocate": None, "promote": None, **verdict}
 
 
 def _declared(plan: Plan) -> dict[str, list[str]]:

@@ -7,6 +7,7 @@ from orchestrator.sweep.budget import BUDGETS, BudgetConfig, check_extension, li
 from orchestrator.sweep.caps import check_cap
 from orchestrator.sweep.document import DocumentPath, Places, Problems, UserError
 from orchestrator.sweep.fields import KnownField, check_value, config_fields, known_field
+from orchestrator.sweep.gate_rule import GateWord, PromoteConfig
 from orchestrator.sweep.look_seeds import LookSeeds, look_seeds, seeds_of_looks
 from orchestrator.sweep.notices import NOTICE_KINDS, NoticeKind, NoticesConfig, WaveConfig, check_https
 from orchestrator.sweep.parsing import load, parse
@@ -43,6 +44,7 @@ __all__ = [
     "DocumentPath",
     "ExtendedRates",
     "FailureRule",
+    "GateWord",
     "GrowingRates",
     "KnownField",
     "LookSeeds",
@@ -52,6 +54,7 @@ __all__ = [
     "Placement",
     "Places",
     "Problems",
+    "PromoteConfig",
     "PruneConfig",
     "RankConfig",
     "ResourcesConfig",

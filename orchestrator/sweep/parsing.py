@@ -71,6 +71,7 @@ def parse(text: str, path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
     _refuse_ranks_in_vain(values, problems)
     _refuse_beside_growing_rates(values, problems)
     _refuse_allocation_in_vain(values, problems)
+    _refuse_gates_in_vain(values, problems)
     problems.raise_if_any()
     sweep = Sweep(**values, text=text, overrides=tuple(overrides), path=os.path.abspath(path))
     sweep._places = places
@@ -280,6 +281,17 @@ def _refuse_allocation_in_vain(values: dict[str, Any], problems: Problems) -> No
         got = "no seeds.confirm" if not confirming else f"{len(confirming)} in seeds.confirm"
         said = f"it adds confirming seeds to those of the first look; got {got}; allowed: 2 or more"
         problems.add(("verdict", "allocate"), said, on_key=True)
+
+
+def _refuse_gates_in_vain(values: dict[str, Any], problems: Problems) -> None:
+    if values.get("verdict", VerdictConfig()).promote is None:
+        return
+    place = ("verdict", "promote")
+    if len(values.get("confirm_seeds", ()) or values["seeds"]) < 2:
+        problems.add(place, "a gate reads an interval, and there is none on 1 seed; allowed: 2 or more", on_key=True)
+    if isinstance(values["axes"].get("train.lr"), ExtendedRates):
+        said = "an extended grid is one for all arms of a rung, and some may come late; allowed: a list, or a search"
+        problems.add(("axes", "train.lr"), f"with verdict.promote {said}")
 
 
 def _refuse_ranks_in_vain(values: dict[str, Any], problems: Problems) -> None:

@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, model_
 from models.config import Count, DiagnosticsConfig, Frozen, Integer, Positive
 from orchestrator.sweep.budget import BudgetConfig
 from orchestrator.sweep.document import Places
+from orchestrator.sweep.gate_rule import PromoteConfig
 from orchestrator.sweep.notices import NoticesConfig
 from orchestrator.sweep.pruning import PruneConfig
 from orchestrator.sweep.rates import ExtendedRates, GrowingRates, SearchedRates
@@ -85,6 +86,8 @@ class VerdictConfig(Frozen):
     """How often verdicts are read, counting every larger set of seeds as one more."""
     allocate: AllocateConfig | None = None
     """None: every arm gets the seeds that the sweep names, and no more."""
+    promote: PromoteConfig | None = None
+    """Which arms of a ladder go on to the next rung, by their verdict on the one below; None: all of them."""
 
     @model_validator(mode="after")
     def _looks_can_be_taken(self) -> VerdictConfig:
@@ -96,6 +99,17 @@ class VerdictConfig(Frozen):
             raise ValueError("allocate with paired: settled arms have fewer seeds, so pairs fall apart; allowed: false")
         if self.method == "auto":
             raise ValueError("allocate with method auto: it would choose anew at each look; allowed: dunnett, welch")
+        return self
+
+    @model_validator(mode="after")
+    def _gates_can_be_read(self) -> VerdictConfig:
+        if self.promote is None:
+            return self
+        if self.allocate is not None:
+            said = "arms that are let through late would have missed looks; allowed: one of the two"
+            raise ValueError(f"promote with allocate: {said}")
+        if self.margin is None and "equivalent" in (*self.promote.unless, *self.promote.when):
+            raise ValueError("promote by equivalent: without a margin nothing is called so; allowed: a margin")
         return self
 
     @model_validator(mode="after")

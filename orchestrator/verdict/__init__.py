@@ -6,6 +6,7 @@ Pure: no store, no I/O. Losses are in nats a token, and lower is better.
 from orchestrator.verdict.compare import FORMULA_VERSION, compare
 from orchestrator.verdict.decision import MAX_SEEDS, MIN_SEEDS_EQUIVALENT, decide, more_seeds
 from orchestrator.verdict.dunnett import critical_value
+from orchestrator.verdict.gate import GATE_VERSION, gate_word
 from orchestrator.verdict.intervals import equal_variances
 from orchestrator.verdict.look_sequence import (
     SEQUENCE_VERSION,
@@ -19,6 +20,7 @@ from orchestrator.verdict.samples import Comparison, Decision, Design, Method, N
 
 __all__ = [
     "FORMULA_VERSION",
+    "GATE_VERSION",
     "MAX_SEEDS",
     "MIN_SEEDS_EQUIVALENT",
     "SEQUENCE_VERSION",
@@ -37,6 +39,7 @@ __all__ = [
     "critical_value",
     "decide",
     "equal_variances",
+    "gate_word",
     "level_of_look",
     "more_seeds",
     "noise_floor",
