@@ -39,11 +39,14 @@ _BY_PLACE = (
     (
         re.compile(
             r"(?i)(\b|_)((?:(?:pg)?password|passwd|pwd|sslpassword|secret|client_secret|api_?key|access_?key|secret_?key|"
-            r"access_?token|auth_?token)[\"']?\s*[:=]\s*[\"']?)[^\s\"',;&}\]]+"
+            r"access_?token|auth_?token|account_?key)[\"']?\s*[:=]\s*[\"']?)[^\s\"',;&}\]]+"
         ),
         rf"\1\2{REDACTED}",
     ),
-    (re.compile(r"(?i)([?&](?:token|signature|sig|x-amz-signature)=)[^\s\"'&]+"), rf"\1{REDACTED}"),
+    (
+        re.compile(r"(?i)([?&](?:token|signature|sig|x-amz-(?:signature|security-token))=)[^\s\"'&]+"),
+        rf"\1{REDACTED}",
+    ),
     (re.compile(r"(hooks\.slack\.com/(?:services|workflows)/)\S+"), rf"\1{REDACTED}"),
 )
 _BY_SHAPE = re.compile(

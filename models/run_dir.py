@@ -2,6 +2,7 @@
 
     <home>/trials/<fingerprint>/
       config.json                    the resolved TrialConfig
+      copied.json                    where its last checkpoint was copied to (orchestrator.copies)
       attempts/<number>-<token>/     one attempt writes only here
         attempt.json                 what the controller asked for (AttemptSpec)
         metrics.jsonl                one record a line: steps, validations and diagnostics, in order

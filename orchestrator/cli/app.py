@@ -16,11 +16,24 @@ from rich.console import Console
 
 from models.redaction import redacted
 from orchestrator import report
-from orchestrator.cli import control, data_verbs, db_verbs, doctor, schema_verb, signing, submit, trace, trained, watch
+from orchestrator.cli import (
+    control,
+    copies,
+    data_verbs,
+    db_verbs,
+    doctor,
+    schema_verb,
+    signing,
+    submit,
+    trace,
+    trained,
+    watch,
+)
 from orchestrator.cli import imports as imports_verb
 from orchestrator.cli import results as results_verb
 from orchestrator.cli.fresh import refuse_stale
 from orchestrator.cli.home import Home, existing_store, has_store
+from orchestrator.copies import CopyError
 from orchestrator.plan import Plan, expand
 from orchestrator.store import Store, StoreOutage
 from orchestrator.sweep import UserError, check_extension, load
@@ -38,6 +51,7 @@ console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ e
 errors = Console(stderr=True)
 
 control.register(app, console)
+copies.register(app, console)
 db_verbs.register(app, console)
 doctor.register(app, console)
 schema_verb.register(app)
@@ -208,7 +222,7 @@ def main() -> None:
     except UserError as error:
         errors.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(USER_ERROR_EXIT)
-    except StoreOutage as error:
+    except (StoreOutage, CopyError) as error:
         errors.print(f"error: {redacted(str(error))}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(DEFECT_EXIT)
     except Exception:  # a defect: its traceback is shown, but a library's error may hold a URL

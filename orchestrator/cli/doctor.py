@@ -42,7 +42,7 @@ def register(app: typer.Typer, console: Console) -> None:
             console.print(line(one))
 
         here = (checks.check_store(home.store_url), checks.check_tracking(home.tracking_uri))
-        for found in itertools.chain(*here):
+        for found in itertools.chain(*here, checks.check_copies(home.copies_url)):
             tell(found)
         if cluster:
             from orchestrator.gang import Cluster

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from orchestrator.copies import Place
 from orchestrator.store import Store
 from orchestrator.sweep import UserError
 
@@ -22,15 +23,19 @@ class Home:
     tracking_uri: str
     """``GATESWEEP_MLFLOW`` or ``MLFLOW_TRACKING_URI``: SQLite in the home, or an MLflow server."""
     artifact_location: str | None
-    """Where a new MLflow experiment keeps artifacts; None: the server decides."""
+    """``GATESWEEP_MLFLOW_ARTIFACTS``: where a new MLflow experiment keeps artifacts; None: the server decides."""
     optuna_url: str
     """``GATESWEEP_OPTUNA``: the copy for optuna-dashboard."""
     reader_url: str | None = None
     """``GATESWEEP_STORE_READER``: the Postgres store by a role that can only read, for ``gatesweep query``."""
 
+    copies_url: str | None = None
+    """``GATESWEEP_COPIES``: where checkpoints of trials that have ended, and reports, are copied to."""
+
     @property
     def artifact_root(self) -> str:
-        return str(self.directory / "mlartifacts")
+        """Where this home's own MLflow keeps artifacts."""
+        return self.artifact_location or str(self.directory / "mlartifacts")
 
     @classmethod
     def of(cls, environment: Mapping[str, str] = os.environ) -> Home:
@@ -41,10 +46,18 @@ class Home:
             directory=directory,
             store_url=_store_url(environment) or f"sqlite:///{directory / 'gatesweep.db'}",
             tracking_uri=tracking,
-            artifact_location=str(directory / "mlartifacts") if tracking == local_mlflow else None,
+            artifact_location=_artifacts(environment)
+            or (str(directory / "mlartifacts") if tracking == local_mlflow else None),
             optuna_url=environment.get("GATESWEEP_OPTUNA") or f"sqlite:///{directory / 'optuna.db'}",
             reader_url=environment.get("GATESWEEP_STORE_READER") or None,
+            copies_url=environment.get("GATESWEEP_COPIES") or None,
         )
+
+
+def _artifacts(environment: Mapping[str, str]) -> str | None:
+    """MLflow stores and shows it: a URL with a credential is refused, and never repeated."""
+    url = environment.get("GATESWEEP_MLFLOW_ARTIFACTS") or None
+    return None if url is None else Place(url, "GATESWEEP_MLFLOW_ARTIFACTS").url
 
 
 def _store_url(environment: Mapping[str, str]) -> str | None:

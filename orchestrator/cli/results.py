@@ -14,7 +14,9 @@ import typer
 from rich.console import Console
 
 from orchestrator import report
+from orchestrator.cli.copies import copies_place, publish
 from orchestrator.cli.home import Home, existing_store
+from orchestrator.copies import is_url
 from orchestrator.report import Results
 from orchestrator.sweep import UserError
 
@@ -75,14 +77,25 @@ def register(app: typer.Typer, console: Console) -> None:
     def write_report(
         sweep: Annotated[str, typer.Argument(help="The sweep's name.", show_default=False)],
         out: Annotated[
-            Path | None, typer.Option(help="The folder; by default reports/SWEEP in the home.", show_default=False)
+            str | None,
+            typer.Option(
+                help="The folder, or s3://... by URL; default: reports/SWEEP in the home.", show_default=False
+            ),
         ] = None,
     ) -> None:
         """A sweep as one HTML file that needs no network, and its pictures as PNG beside it."""
         with existing_store() as store:
-            page, *pictures = report.write_report(store, sweep, out or Home.of().directory / "reports" / sweep)
-        console.print(f"{page}", soft_wrap=True, highlight=False, markup=False)
-        console.print(f"and {len(pictures)} PNG beside it", highlight=False)
+            if out is not None and is_url(out):
+                made = publish(out, "--out", report.REPORT_FILE, lambda to: report.write_report(store, sweep, to))
+            else:
+                folder = Home.of().directory / "reports" / sweep if out is None else Path(out)
+                made = [str(path) for path in report.write_report(store, sweep, folder)]
+        console.print(made[0], soft_wrap=True, highlight=False, markup=False)
+        console.print(f"and {len(made) - 1} PNG beside it", highlight=False)
+        if out is None and (place := copies_place(Home.of())) is not None:
+            page, *pictures = (Path(path).name for path in made)
+            place.put_folder(folder, pictures, f"reports/{sweep}", last=page)
+            console.print(f"copied to {place.at(f'reports/{sweep}')}", soft_wrap=True, highlight=False, markup=False)
 
     @app.command()
     def results(

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from rich.console import Console
 
 from orchestrator import report
+from orchestrator.cli.copies import copies_place, finish_copies, open_copier
 from orchestrator.cli.fresh import refuse_other_looks, refuse_reuse, refuse_stale
 from orchestrator.cli.home import Home
 from orchestrator.cli.json_log import JsonLogged
@@ -24,6 +25,7 @@ from orchestrator.controller import (
     bring_up_to_date,
     is_dead,
 )
+from orchestrator.copies import Copier
 from orchestrator.gang import Cluster
 from orchestrator.notices import open_webhook
 from orchestrator.plan import Plan
@@ -75,6 +77,7 @@ def run_sweep(
     except OSError as error:
         raise UserError(f"GATESWEEP_HOME {home.directory} can't be made: {error.strerror}") from error
     check_key(home.directory)
+    place = copies_place(home)
     sweep = plan.sweep
     with Store(home.store_url) as store:
         if waits:
@@ -92,6 +95,7 @@ def run_sweep(
         current = store.trials(added.sweep_id)
         states = [trial.state for trial in current]
         missing = sum(state in ("WAITING", "RUNNING") for state in states)
+        copier = None if place is None else open_copier(place, home, store, added.sweep_id, current)
         console.print(
             f"{sweep.name}: {len(states)} trials, {added.num_new} new, "
             f"{sum(state in FINISHED for state in states)} finished, {missing} to run",
@@ -106,11 +110,13 @@ def run_sweep(
             for line in report.budget_lines(used_up, sweep.name):
                 console.print(line, style="bold red", highlight=False)
         elif missing:
-            exit_code = _run_missing(plan, added.sweep_id, store, home, address, console, metrics, json_logs)
+            exit_code = _run_missing(plan, added.sweep_id, store, home, address, console, metrics, json_logs, copier)
         else:
             exit_code = 0
             catch_up(store, home, console)
         console.print(report.ResultsView(report.results(store, sweep.name)))
+        if copier is not None:
+            finish_copies(copier, console, is_done=not exit_code)
         failed = sum(trial.state == "FAILED" for trial in store.trials(added.sweep_id))
     if failed:
         console.print(
@@ -160,6 +166,7 @@ def _run_missing(
     console: Console,
     metrics: str | None,
     json_logs: bool,
+    copier: Copier | None,
 ) -> int:
     sweep = plan.sweep
     background = _mirror(store, sweep_id, sweep.name, home)
@@ -176,7 +183,7 @@ def _run_missing(
             webhook.start()
         try:
             given = (sweep, sweep_id, store, cluster, background, home.directory, view, plan.confirmations)
-            controller = Controller(*given, webhook=webhook, plan=plan, json_logs=json_logs)
+            controller = Controller(*given, webhook=webhook, plan=plan, json_logs=json_logs, copier=copier)
             with controller, _clean_stop(controller):
                 controller.run()
         except BudgetUsedUp as stopped:

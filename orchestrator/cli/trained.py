@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,7 +17,9 @@ from rich.console import Console
 
 import models
 from orchestrator import report
+from orchestrator.cli.copies import publish
 from orchestrator.cli.home import Home
+from orchestrator.copies import Place, is_url
 from orchestrator.sweep import UserError
 
 NAMED = 4
@@ -47,11 +49,15 @@ def register(app: typer.Typer, console: Console) -> None:
             ExportFormat,
             typer.Option("--format", help="qwen3-next: elementwise gate. released: the paper's layout. qwen3: no gate"),
         ],
-        to: Annotated[Path, typer.Option("--to", help="The folder to write; not there yet, or empty.")],
+        to: Annotated[str, typer.Option("--to", help="The folder to write, or s3://... by URL; not there, or empty.")],
     ) -> None:
         """Write a trial's newest checkpoint as a Hugging Face folder: safetensors, config.json, tokenizer."""
         directory = find_trial(Home.of(), trial)
-        raise typer.Exit(_models_verb("export", str(directory), "--format", format.value, "--to", str(to)))
+        given = ("export", str(directory), "--format", format.value, "--to")
+        if is_url(to):
+            _export_to_url(given, to, console)
+        else:
+            raise typer.Exit(_models_verb(*given, to))
 
     @app.command()
     def diagnose(
@@ -83,6 +89,21 @@ def register(app: typer.Typer, console: Console) -> None:
             sys.stdout.write(json.dumps(measured, indent=2) + "\n")
         else:
             console.print(report.measured_table(measured))
+
+
+def _export_to_url(given: Sequence[str], url: str, console: Console) -> None:
+    """Written here, then copied; config.json, which makes it a model, last. Exits when the child does."""
+    if Place(url, "--to").open().names(""):
+        raise UserError(f"--to {url}: something is there already; allowed: a place that is empty")
+
+    def write(folder: Path) -> list[Path]:
+        code = _models_verb(*given, str(folder))
+        if code:
+            raise typer.Exit(code)
+        return sorted(path for path in folder.rglob("*") if path.is_file())
+
+    names = publish(url, "--to", "config.json", write)
+    console.print(f"{len(names)} files copied to {url}", soft_wrap=True, highlight=False, markup=False)
 
 
 def find_trial(home: Home, name: str) -> Path:

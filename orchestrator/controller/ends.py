@@ -52,6 +52,8 @@ def end_attempt(run: SweepRun, attempt: RunningAttempt, end: GangEnd) -> None:
     _judge_gang(run, attempt, end, result)
     if result.state == "COMPLETE" and attempt.row.number > 1:
         prune_trial(run_dir.trial_dir(run.home, attempt.trial.fingerprint), run.sweep.checkpoint.keep)
+    if result.state == "COMPLETE" and run.copier is not None:
+        run.copier.add([attempt.trial.fingerprint])
     run.mirror.nudge()
 
 

@@ -32,6 +32,7 @@ from orchestrator.controller.sharing import Sharing
 from orchestrator.controller.snapshot import Snapshot, View
 from orchestrator.controller.stopping import Stopping
 from orchestrator.controller.sweep_run import SweepRun
+from orchestrator.copies import Copier
 from orchestrator.failures import Wish
 from orchestrator.gang import Cluster, Gang, GangEnd, GangShape, GangState
 from orchestrator.notices import Webhook
@@ -79,6 +80,7 @@ class Controller:
         webhook: Webhook | None = None,
         plan: Plan | None = None,
         json_logs: bool = False,
+        copier: Copier | None = None,
     ) -> None:
         self.confirmations, self.clock = confirmations, clock or Clock()
         self.outage = OutageWatch(store, sweep_id, self.clock, view)
@@ -108,6 +110,7 @@ class Controller:
             disk=DiskWatch(home),
             announcer=Announcer(sweep, sweep_id, store, view, webhook),
             micro_batches={trial.fingerprint: size for trial, size in zip(cells, sizes, strict=True)},
+            copier=copier,
             json_logs=json_logs,
         )
         self.trials, self.pool = self.sweep_run.trials, pool

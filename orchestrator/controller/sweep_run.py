@@ -14,6 +14,7 @@ from orchestrator.controller.known_trials import KnownTrials
 from orchestrator.controller.pace import Pace
 from orchestrator.controller.running import RunningAttempt
 from orchestrator.controller.snapshot import View
+from orchestrator.copies import Copier
 from orchestrator.plan import PlannedTrial
 from orchestrator.search import Search
 from orchestrator.store import Lease, Store
@@ -42,6 +43,8 @@ class SweepRun:
     """Sequences that a rank takes at once, by fingerprint."""
     pace: Pace
     running: list[RunningAttempt] = field(default_factory=list)
+    copier: Copier | None = None
+    """Where checkpoints are copied, when they are."""
     json_logs: bool = False
     """Ranks also write JSON lines."""
 

@@ -7,11 +7,12 @@ of a Ray cluster, and what lies between them).
 from orchestrator.doctor.finding import Finding, Level, worst
 from orchestrator.doctor.machine import examine
 from orchestrator.doctor.nodes import examine_nodes
-from orchestrator.doctor.services import check_ports, check_store, check_tracking
+from orchestrator.doctor.services import check_copies, check_ports, check_store, check_tracking
 
 __all__ = [
     "Finding",
     "Level",
+    "check_copies",
     "check_ports",
     "check_store",
     "check_tracking",

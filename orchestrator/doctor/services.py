@@ -8,7 +8,9 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from uuid import uuid4
 
+from orchestrator.copies import CopyError, Place
 from orchestrator.doctor.finding import Finding, Level
 from orchestrator.store import Store
 from orchestrator.sweep import UserError
@@ -77,6 +79,29 @@ def check_tracking(uri: str) -> Iterator[Finding]:
         yield Finding("tracking", Level.WARNING, f"{shown}: {error}", mend)
     else:
         yield Finding("tracking", Level.OK, f"{shown} answers in {1000 * (time.perf_counter() - before):.0f} ms")
+
+
+def check_copies(url: str | None) -> Iterator[Finding]:
+    """A small file is written there, read and removed; nothing is said where no copies are asked for."""
+    if url is None:
+        return
+    name, content = f".doctor-{uuid4().hex}", b"gatesweep doctor"
+    before = time.perf_counter()
+    try:
+        place = Place(url, "GATESWEEP_COPIES").open()
+        place.write(name, content)
+        found = place.read(name)
+        place.remove(name)
+    except (CopyError, UserError) as error:
+        mend = "GATESWEEP_COPIES and its credentials; a sweep runs on without copies, and the next run makes them"
+        yield Finding("copies", Level.WARNING, str(error), mend)
+        return
+    if found != content:
+        yield Finding("copies", Level.PROBLEM, f"{place}: what is written is not what is read", "another place")
+        return
+    yield Finding(
+        "copies", Level.OK, f"{place} takes and gives a file in {1000 * (time.perf_counter() - before):.0f} ms"
+    )
 
 
 def check_ports(

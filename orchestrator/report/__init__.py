@@ -6,7 +6,7 @@ from orchestrator.report.denominators import EqualResults, at_equal
 from orchestrator.report.differences import DifferencesView, TrialDifferences, differences, differences_to_json
 from orchestrator.report.explanation import Explanation, ExplanationView, explain, explanation_to_json
 from orchestrator.report.formats import to_csv, to_json, to_markdown
-from orchestrator.report.html import write_report
+from orchestrator.report.html import REPORT_FILE, write_report
 from orchestrator.report.ladder import Ladder, ladder
 from orchestrator.report.ladder_formats import LadderView, ladder_to_csv, ladder_to_json
 from orchestrator.report.listings import plan_table, status_table
@@ -27,6 +27,7 @@ from orchestrator.report.tree import ArmRow, Results, SweepHeading, TrialResult,
 from orchestrator.report.watching import watch_frame
 
 __all__ = [
+    "REPORT_FILE",
     "Against",
     "AgainstView",
     "ArmRow",
