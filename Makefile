@@ -23,6 +23,14 @@ test-gpu: $(VENV)/installed-dev
 test-cluster: $(VENV)/installed-dev
 	GATESWEEP_CLUSTER_TESTS=1 $(BIN)/python -m pytest -m cluster
 
+# The whole suite on Python 3.12 with its Megatron (constraints.txt), by hand: an environment of its own of some GB, since
+# the index's torch for it is the CUDA build. TESTS narrows it: make test-py312 TESTS=tests/test_moe.py
+.PHONY: test-py312
+test-py312: export GATESWEEP_TE_SOURCES := $(abspath .venv-py312)/transformer-engine
+test-py312:
+	$(MAKE) VENV=.venv-py312 PYTHON=python3.12 .venv-py312/installed-dev
+	.venv-py312/bin/python -m pytest $(TESTS)
+
 # What infra/ holds, by the linters and schemas that will read it; they are fetched for this alone.
 .PHONY: test-infra
 test-infra: $(VENV)/installed-dev
@@ -88,4 +96,4 @@ $(VENV)/installed-dev: $(VENV)/installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) .venv-py312 runs
