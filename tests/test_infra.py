@@ -78,13 +78,21 @@ def test_compose_publishes_on_loopback_alone_and_every_variable_is_in_the_exampl
         assert re.search(rf"^{secret}=$", example, re.M), "an example's password is everyone's"
 
 
-@pytest.mark.parametrize("overlay", ["base", "gpu"])
+def built(overlay: str) -> list[dict[str, Any]]:
+    return documents(said_by(tool("kubectl"), "kustomize", str(INFRA / "kubernetes" / overlay)))
+
+
+@pytest.mark.parametrize("overlay", ["base", "gpu", "job"])
 def test_manifests_are_built_and_obey_the_schemas(overlay: str):
     validator = pytest.importorskip("kubernetes_validate", reason="make test-infra")
-    built = documents(said_by(tool("kubectl"), "kustomize", str(INFRA / "kubernetes" / overlay)))
-    assert {one["kind"] for one in built} >= {"Namespace", "PersistentVolumeClaim", "NetworkPolicy", "RayCluster"}
-    for one in built:
-        for checked in pods_of(one) if one["kind"] == "RayCluster" else [one]:
+    jsonschema = pytest.importorskip("jsonschema", reason="make test-infra")
+    found = built(overlay)
+    wanted = {"Namespace", "PersistentVolumeClaim", "NetworkPolicy", "RayJob" if overlay == "job" else "RayCluster"}
+    assert {one["kind"] for one in found} == wanted | {"PodDisruptionBudget"}
+    for one in found:
+        if one["kind"] in KUBERAY:
+            jsonschema.validate(one, KUBERAY[one["kind"]])
+        for checked in pods_of(one) if one["kind"] in KUBERAY else [one]:
             validator.validate(checked, KUBERNETES_VERSION, strict=True)
         if overlay == "gpu" and one["kind"] == "RayCluster":
             ranks = pods_of(one)[1]["spec"]["containers"][0]
@@ -92,24 +100,84 @@ def test_manifests_are_built_and_obey_the_schemas(overlay: str):
             assert "NCCL_SOCKET_IFNAME" in [variable["name"] for variable in ranks["env"]]
 
 
-def pods_of(cluster: dict[str, Any]) -> list[dict[str, Any]]:
-    """KubeRay's own schema is in no package; what is a pod in it has Kubernetes'."""
-    groups = [cluster["spec"]["headGroupSpec"], *cluster["spec"]["workerGroupSpecs"]]
+def closed(optional: dict[str, Any], **required: Any) -> dict[str, Any]:
+    """An object with these fields and no others."""
+    properties = {**optional, **required}
+    return {"type": "object", "properties": properties, "required": list(required), "additionalProperties": False}
+
+
+TEXT, NUMBER, TRUTH = {"type": "string"}, {"type": "integer", "minimum": 0}, {"type": "boolean"}
+POD = closed({"metadata": {"type": "object"}}, spec={"type": "object"})
+START = {"type": "object", "additionalProperties": TEXT}
+HEAD = closed({}, rayStartParams=START, template=POD)
+WORKERS = closed(
+    {"replicas": NUMBER}, groupName=TEXT, minReplicas=NUMBER, maxReplicas=NUMBER, rayStartParams=START, template=POD
+)
+CLUSTER = closed(
+    {"rayVersion": TEXT, "authOptions": closed({"mode": {"enum": ["disabled", "token"]}})},
+    headGroupSpec=HEAD,
+    workerGroupSpecs={"type": "array", "items": WORKERS},
+)
+JOB = closed(
+    {
+        "backoffLimit": NUMBER,
+        "shutdownAfterJobFinishes": TRUTH,
+        "ttlSecondsAfterFinished": NUMBER,
+        "submissionMode": {"enum": ["K8sJobMode", "HTTPMode", "InteractiveMode", "SidecarMode"]},
+        "submitterPodTemplate": POD,
+    },
+    entrypoint=TEXT,
+    rayClusterSpec=CLUSTER,
+)
+KUBERAY = {
+    kind: closed({}, apiVersion={"const": "ray.io/v1"}, kind={"const": kind}, metadata={"type": "object"}, spec=spec)
+    for kind, spec in (("RayCluster", CLUSTER), ("RayJob", JOB))
+}
+"""KubeRay's schema is in no package. These are the fields used here, as KubeRay 1.7.1's reference names them."""
+
+
+def cluster_of(one: dict[str, Any]) -> dict[str, Any]:
+    spec: dict[str, Any] = one["spec"]
+    return spec["rayClusterSpec"] if one["kind"] == "RayJob" else spec
+
+
+def pods_of(one: dict[str, Any]) -> list[dict[str, Any]]:
+    """What is a pod in a RayCluster or a RayJob has Kubernetes' own schema."""
+    groups = [cluster_of(one)["headGroupSpec"], *cluster_of(one)["workerGroupSpecs"]]
+    templates = [group["template"] for group in groups]
+    if "submitterPodTemplate" in one["spec"]:
+        templates.append(one["spec"]["submitterPodTemplate"])
+    labels = [{"name": "x", "labels": template["metadata"]["labels"]} for template in templates]
     return [
-        {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x"}, "spec": group["template"]["spec"]}
-        for group in groups
+        {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": template["spec"]}
+        for metadata, template in zip(labels, templates, strict=True)
     ]
 
 
+def test_a_rayjobs_cluster_is_the_base_one_and_its_policy_covers_every_pod():
+    (job,) = [one for one in built("job") if one["kind"] == "RayJob"]
+    (cluster,) = [one for one in built("base") if one["kind"] == "RayCluster"]
+    (policy,) = [one for one in built("job") if one["kind"] == "NetworkPolicy"]
+    cluster_of(cluster)["headGroupSpec"]["rayStartParams"]["dashboard-host"] = "0.0.0.0"
+    assert cluster_of(job) == cluster_of(cluster)
+    selected = policy["spec"]["podSelector"]["matchLabels"]
+    assert [pod["metadata"]["labels"] for pod in pods_of(job)] == [selected] * 3
+    assert {pod["spec"]["containers"][0]["image"] for pod in pods_of(job)} == {"registry.example.org/gatesweep:cpu"}
+    own, operator = policy["spec"]["ingress"]
+    assert own == {"from": [{"podSelector": {"matchLabels": selected}}]}
+    assert [port["port"] for port in operator["ports"]] == [8265]
+
+
 def test_manifests_hold_no_secret_and_every_pod_is_restricted():
-    found = [one for path in INFRA.rglob("kubernetes/base/*.yaml") for one in documents(path.read_text())]
-    assert "Secret" not in {one["kind"] for one in found}
-    (cluster,) = [one for one in found if one["kind"] == "RayCluster"]
-    assert cluster["spec"]["authOptions"] == {"mode": "token"}
-    assert len(pods_of(cluster)) == 2
-    for pod in pods_of(cluster):
+    found = [one for path in INFRA.rglob("kubernetes/*/**/*.yaml") for one in documents(path.read_text())]
+    kinds = {one["kind"]: one for one in found if isinstance(one, dict)}
+    assert "Secret" not in kinds
+    assert kinds["RayCluster"]["spec"]["authOptions"] == {"mode": "token"}
+    pods = pods_of(kinds["RayCluster"])
+    assert len(pods) == 2
+    assert all(pod["spec"]["terminationGracePeriodSeconds"] >= 180 for pod in pods)
+    for pod in [*pods, {"spec": kinds["RayJob"]["spec"]["submitterPodTemplate"]["spec"]}]:
         assert pod["spec"]["securityContext"]["runAsNonRoot"] is True
-        assert pod["spec"]["terminationGracePeriodSeconds"] >= 180
         (container,) = pod["spec"]["containers"]
         assert container["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
 
