@@ -2,19 +2,28 @@
 
 # ruff: noqa: F811 (fixtures are imported by name)
 
+import io
+import json
 from collections import Counter
 
 import fake_gangs
 import pytest
 from fake_gangs import FakeCluster, bench  # noqa: F401
+from rich.console import Console
 from sweep_runs import Watcher, plan_of
+from typer.testing import CliRunner
 
+from orchestrator.cli.app import app
 from orchestrator.cli.fresh import refuse_other_looks
 from orchestrator.controller import bring_up_to_date
 from orchestrator.plan import rung_key
-from orchestrator.report import results
+from orchestrator.report import ExplanationView, explain, plan_table, price_lines, results, status_table, to_json
+from orchestrator.report.ladder import ladder_behind
+from orchestrator.report.ladder_formats import ladder_notes
+from orchestrator.report.watching import watch_frame
 from orchestrator.store import passages, standing_passages
 from orchestrator.sweep import UserError
+from orchestrator.tracking.run_content import gate_tags
 
 SIZES = ("cpu-tiny", "cpu-350k", "cpu-1m")
 GATED = (
@@ -170,6 +179,55 @@ def test_a_controller_that_dies_at_a_gate_is_followed_by_one_that_decides_the_sa
     assert len(passages(bench.store.sweep("tiny").verdict)) == 5
 
 
+def shown(*parts):
+    console = Console(width=240, record=True, file=io.StringIO())
+    console.print(*parts)
+    return console.export_text()
+
+
+def test_what_is_held_back_and_why_is_told_wherever_the_sweep_is(bench, ladder, tmp_path, monkeypatch):
+    told = shown(plan_table(ladder))
+    assert "24 trials: 12 new, 12 held back" in told
+    assert "3 rungs with gates between them, promote unless worse: 12 trials held back" in told
+    priced = plan_of(tmp_path, [*GATED, "resources.expected_flops=1e9"])
+    (line,) = price_lines(priced, {}, None)
+    assert "still to do, of which gates may save up to" in line
+
+    bench.store.add(ladder)
+    waits = results(bench.store, "tiny").tables[1]
+    assert waits.rows[1].gate == "held back until rung 1 is decided"
+    assert "  good, rungs 2 to 3, 4 trials: held back until rung 1 is decided" in shown(status_table(bench.store))
+
+    run(bench, ladder)
+    found = results(bench.store, "tiny")
+    of_bad = {dict(table.axes)["model.preset"]: row for table in found.tables for row in table.rows if row.arm == "bad"}
+    for preset in SIZES[1:]:
+        row = of_bad[preset]
+        assert (row.decision, row.rank, row.num_missing, row.trials) == ("no result", None, 0, ())
+        assert row.verdict.startswith("no result: not promoted from rung 1: worse: +0.5")
+    assert of_bad["cpu-tiny"].gate == ""
+    notes = [note for table in found.tables for note in table.footnotes if note.startswith("gates: ")]
+    assert len(notes) == 2
+    assert "late not promoted from rung 2: worse: " in " ".join(notes)
+    assert not any(note.startswith("no rank") for table in found.tables for note in table.footnotes)
+    content = json.loads(to_json(found))
+    assert [(one["arm"], one["is_through"]) for one in content["gates"] if one["rung"] == 2] == [
+        ("good", True), ("bad", False), ("late", True),
+    ]  # fmt: skip
+    line = "  bad, rungs 2 to 3, 4 trials: not promoted from rung 1: worse: "
+    row = bench.store.sweep("tiny")
+    for told in (shown(status_table(bench.store)), shown(watch_frame(bench.store, row))):
+        assert line in told
+        assert "  late goes on to rung 2 (model.preset = cpu-350k): inconclusive: " in told
+    assert "does not go on to this rung: worse: " in shown(ExplanationView(explain(found, "bad")))
+    assert any("bad not promoted from rung 1" in note for note in ladder_notes(ladder_behind(bench.store, found)))
+    assert gate_tags(row)["gatesweep.gate.late.rung_3"].startswith("does not go on: worse: ")
+    closed = [key for key, one in standing_passages(row.verdict, row.settings).items() if not one.is_through]
+    told = shown(plan_table(bring_up_to_date(bench.store, ladder, print), {}, {}, closed))
+    assert "18 trials: 18 new" in told
+    assert "promote unless worse: all are decided" in told
+
+
 # -- holes, divergence, and what users do -----------------------------------------------------------------------
 
 
@@ -216,12 +274,18 @@ def test_only_what_is_better_goes_on_if_so_declared(bench, tmp_path):
     assert trained(bench) == FIRST_ONLY
 
 
-def test_a_user_lets_an_arm_through_and_the_next_gate_reads_it_again(bench, ladder):
+def test_a_user_lets_an_arm_through_and_the_next_gate_reads_it_again(bench, ladder, monkeypatch):
     run(bench, ladder)
-    (key,) = (one.key for one in passages(bench.store.sweep("tiny").verdict) if one.arm == "bad")
-    (passage,) = bench.store.promote_anyway(1, [key])
-    assert passage.reason.startswith("by the user, against the gate: worse")
-    assert bench.store.promote_anyway(1, [key]) == []
+    monkeypatch.setenv("GATESWEEP_HOME", str(bench.home))
+
+    def rerun(*words):
+        return " ".join(CliRunner().invoke(app, ["rerun", "tiny", *words]).output.split())
+
+    for other in (["--where", "arm=bad", "--where", "seed=1"], ["--where", "arm=good"], ["--where", "state=FAILED"]):
+        assert rerun(*other) == "nothing to rerun"
+    assert rerun("--where", "arm=bad", "--where", "preset=cpu-1m") == "nothing to rerun", "its gate is before cpu-350k"
+    assert "bad goes on to rung 2: by the user, against the gate: worse" in rerun("--where", "arm=bad")
+    assert rerun("--where", "arm=bad") == "nothing to rerun"
     run(bench, ladder)
     assert trained(bench) == {**WHOLE, "bad": [2, 2, 2]}
     assert decided(bench) == {**DECIDED, ("bad", 2): True, ("bad", 3): True}

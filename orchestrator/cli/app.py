@@ -35,7 +35,7 @@ from orchestrator.cli.fresh import refuse_stale
 from orchestrator.cli.home import Home, existing_store, has_store
 from orchestrator.copies import CopyError
 from orchestrator.plan import Plan, expand
-from orchestrator.store import Store, StoreOutage
+from orchestrator.store import Store, StoreOutage, standing_passages
 from orchestrator.sweep import UserError, check_extension, load
 
 FILE_WIDTH = 120
@@ -77,7 +77,10 @@ def plan(file: File, overrides: Overrides = None) -> None:
     planned = expand(load(file, overrides or ()), files_may_be_absent=True)
     known = _known(Home.of(), planned)
     states, standing = known.states, known.standing
-    console.print(report.plan_table(planned, states, known.elsewhere))
+    planned = planned.promoted(key for key, is_through in known.gates.items() if is_through)
+    closed = [key for key, is_through in known.gates.items() if not is_through]
+    console.print(report.plan_table(planned, states, known.elsewhere, closed))
+    planned = planned.without(closed)
     prices = report.price_lines(planned, states, standing), report.disk_lines(planned)
     for line in (*prices[0], *prices[1], *report.budget_forecast(planned, states, standing)):
         console.print(line, highlight=False)
@@ -187,13 +190,14 @@ def ui(
 
 @dataclass(frozen=True)
 class _Known:
-    """What the store knows of a plan: states of its trials, which other sweep trained them, its budgets' standing, and
-    why its confirming seeds are none."""
+    """What the store knows of a plan: states of its trials, which other sweep trained them, its budgets' standing, why
+    its confirming seeds are none, and by ``rung_key`` which gates are open."""
 
     states: dict[str, str] = field(default_factory=dict)
     elsewhere: dict[str, str] = field(default_factory=dict)
     standing: report.Standing | None = None
     stale: UserError | None = None
+    gates: dict[str, bool] = field(default_factory=dict)
 
 
 def _known(home: Home, planned: Plan) -> _Known:
@@ -201,17 +205,20 @@ def _known(home: Home, planned: Plan) -> _Known:
     if not has_store(home):
         return _Known()
     with Store(home.store_url) as store:
-        name, fingerprints = planned.sweep.name, [trial.fingerprint for trial in planned.trials]
+        name, fingerprints = planned.sweep.name, [trial.fingerprint for trial in planned.all_trials]
         ids = [row.id for row in store.sweeps() if row.name == name]
         elsewhere = store.trained_elsewhere(name, fingerprints)
         states = store.states(list(elsewhere))
         states |= {one.fingerprint: one.state for sweep_id in ids for one in store.trials(sweep_id)}
         standing = report.Standing.of(store, ids[0]) if ids else None
+        row = store.sweep(name) if ids else None
+        decided = {} if row is None else standing_passages(row.verdict, row.settings)
+        gates, stale = {key: one.is_through for key, one in decided.items()}, None
         try:
             refuse_stale(planned, store)
         except UserError as error:
-            return _Known(states, elsewhere, standing, error)
-        return _Known(states, elsewhere, standing)
+            stale = error
+        return _Known(states, elsewhere, standing, stale, gates)
 
 
 def main() -> None:

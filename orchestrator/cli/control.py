@@ -12,7 +12,7 @@ from rich.console import Console
 
 from models import run_dir
 from orchestrator.cli.home import Home, existing_store
-from orchestrator.cli.selection import one_trial, select_trials
+from orchestrator.cli.selection import closed_gates, one_trial, select_trials
 from orchestrator.cli.submit import Address, TokenFile, open_jobs, print_job_log
 from orchestrator.store import BUDGET_EXTENDED, CANCEL_WANTED, CAP_SET, TrialRow
 from orchestrator.sweep import BUDGETS, UserError, check_cap, check_extension, refuse_extensions
@@ -37,16 +37,25 @@ def register(app: typer.Typer, console: Console) -> None:
         trial: Trials = None,
         where: Where = None,
     ) -> None:
-        """Let FAILED or CANCELED trials wait again, with fresh retry budgets. The next run takes them."""
+        """Let FAILED or CANCELED trials wait again, with fresh retry budgets. The next run takes them. With
+        --where arm=NAME alone, or the size of a rung beside it, an arm also passes the gate that has held it back."""
         wanted = {state for state, asked in (("FAILED", failed), ("CANCELED", canceled)) if asked}
         if not wanted and not trial and not where:
             raise UserError("rerun: say which trials: --failed, --canceled, --where KEY=VALUE or --trial FINGERPRINT")
         with existing_store() as store:
             row = store.sweep(sweep)
-            chosen = select_trials(store.trials(row.id), where or (), trial or ())
+            trials = store.trials(row.id)
+            chosen = select_trials(trials, where or (), trial or ())
             chosen = [one for one in chosen if not wanted or one.state in wanted]
             _refuse_finished(chosen if trial else [])
             count = store.reopen(row.id, [one.fingerprint for one in chosen])
+            shut = [] if wanted or trial else closed_gates(row, trials, where or ())
+            opened = store.promote_anyway(row.id, shut)
+        for one in opened:
+            console.print(f"{one.arm} goes on to rung {one.rung}: {one.reason}", highlight=False)
+        if opened and not count:
+            console.print("gatesweep run, or submit, with the sweep's file goes on", highlight=False)
+            return
         said = f"{count} trial(s) wait again; gatesweep run, or submit, with the sweep's file goes on"
         console.print(said if count else "nothing to rerun", highlight=False)
 

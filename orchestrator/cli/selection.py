@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from orchestrator.store import TrialRow
+from orchestrator.store import SweepRow, TrialRow, standing_passages
 from orchestrator.sweep import UserError
 
 _OF_A_TRIAL = ("arm", "state", "cause", "seed")
@@ -35,6 +35,19 @@ def select_trials(
     if fingerprints:
         chosen = [trial for trial in chosen if trial.fingerprint.startswith(tuple(fingerprints))]
     return chosen
+
+
+def closed_gates(sweep: SweepRow, trials: Sequence[TrialRow], where: Sequence[str]) -> list[str]:
+    """Gates between rungs that keep back what matches every ``KEY=VALUE``, by the keys of passages. None unless an arm
+    is named, and beside it nothing but axes of the rung: what asks for states or learning rates is about trials."""
+    conditions = {_known_key(one.partition("=")[0].strip(), trials): one.partition("=")[2].strip() for one in where}
+    arm = conditions.pop("arm", None)
+    shut = [one for one in standing_passages(sweep.verdict, sweep.settings).values() if not one.is_through]
+    return [
+        one.key
+        for one in shut
+        if one.arm == arm and all(n in one.axes and _is(one.axes[n], wanted) for n, wanted in conditions.items())
+    ]
 
 
 def one_trial(trials: Sequence[TrialRow], beginning: str) -> TrialRow:

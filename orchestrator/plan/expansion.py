@@ -120,6 +120,19 @@ class Plan:
             return self
         return self._of(tuple(cells.values()), self.let_through)
 
+    @property
+    def whole(self) -> Plan:
+        """With nothing held back: the most that it may come to."""
+        return self.promoted(rung_key(one.arm, one.axes) for one in self.held)
+
+    def without(self, closed: Iterable[str]) -> Plan:
+        """Without what these gates, by ``rung_key``, keep back for good, and the arm's rungs above."""
+        keys = set(closed)
+        shut = {one.arm: one.rung for one in reversed(self.held) if rung_key(one.arm, one.axes) in keys}
+        cells = {rung_key(one.arm, one.axes) for one in self.held if one.rung >= shut.get(one.arm, one.rung + 1)}
+        kept = [cell for cell in self.cells if rung_key(cell.arm, other_axes(self.sweep, cell.axes)) not in cells]
+        return self._of(tuple(kept), self.let_through) if cells else self
+
     def promoted(self, let_through: Iterable[str]) -> Plan:
         """The plan in which these arms, by ``rung_key``, are held back no more. Those that it does not hold count for
         nothing."""

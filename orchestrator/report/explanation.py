@@ -92,7 +92,7 @@ class Explanation:
     values: tuple[Explained, ...]
     trials: tuple[ReadTrial, ...]
     looks: tuple[str, ...] = ()
-    """What each look decided for the arm, oldest first, as it was noted then."""
+    """What each look, and the gate before a rung, decided for the arm, oldest first, as it was noted then."""
 
 
 def explain(results: Results, arm: str) -> list[Explanation]:
@@ -145,6 +145,11 @@ def _explanation(results: Results, table: VerdictTable, arm: str) -> Explanation
     }
     mine = [one for one in results.allotments if all(dict(table.axes).get(k) == v for k, v in one.axes.items())]
     looks = tuple(f"{one.at:%Y-%m-%d %H:%M} UTC: {one.reasons[arm]}" for one in mine if arm in one.reasons)
+    gates = [one for one in results.passages if one.arm == arm and dict(one.axes) == dict(table.axes)]
+    looks += tuple(
+        f"{one.at:%Y-%m-%d %H:%M} UTC: {'goes on' if one.is_through else 'does not go on'} to this rung: {one.reason}"
+        for one in gates
+    )
     return Explanation(results.sweep, arm, table.axes, settings, values, trials, looks)
 
 

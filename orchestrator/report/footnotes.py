@@ -11,7 +11,7 @@ from orchestrator.report.figures import lr_text, plural, states_text
 from orchestrator.report.look_words import looks_in_words
 from orchestrator.report.tree import STATES, UNFINISHED, ArmRow, Split, SweepHeading, TrialResult
 from orchestrator.scaling import Optimum
-from orchestrator.verdict import Comparison, LookSequence, spent
+from orchestrator.verdict import GATE_VERSION, Comparison, LookSequence, spent
 
 EXPLORATORY_MARK = "*"
 _CELL = attrgetter("lr", "arm")
@@ -43,6 +43,7 @@ def footnotes(
         _diverged(trials),
         _chance(rows),
         _pruned(rows, pruned),
+        _gated(rows),
         _incomplete(rows, trials),
         _holes(trials),
         _unfinished(trials),
@@ -189,6 +190,14 @@ def _pruned(rows: Sequence[ArmRow], audited: str) -> str:
     if not named:
         return audited
     return f"{audited or 'pruned by rank before their end'}; trials stopped: {named}"
+
+
+def _gated(rows: Sequence[ArmRow]) -> str:
+    named = "; ".join(f"{row.arm} {row.gate}" for row in rows if row.gate)
+    if not named:
+        return ""
+    rest = "the intervals hold for the arms that are here, and of the others nothing is known at this size"
+    return f"gates: {named}. No rank of theirs, and no point on a law; {rest} ({GATE_VERSION})"
 
 
 def _incomplete(rows: Sequence[ArmRow], trials: Sequence[TrialResult]) -> str:

@@ -62,7 +62,7 @@ _FORMULAS = {
 }
 """Each derived field of a row: its formula, and which trials it is computed from."""
 
-_GIVEN = ("arm", "is_baseline", "losses_nats", "exploratory", "num_parameters", "training_flops", "num_missing")
+_GIVEN = ("arm", "is_baseline", "losses_nats", "exploratory", "num_parameters", "training_flops", "num_missing", "gate")
 
 
 def to_json(results: Results) -> str:
@@ -80,6 +80,7 @@ def to_json(results: Results) -> str:
         "tables": [_json_table(table) for table in results.tables],
         "pruning": _json_pruning(results),
         "looks": [{**asdict(one), "at": one.at.isoformat()} for one in results.allotments],
+        "gates": [{**asdict(one), "at": one.at.isoformat()} for one in results.passages],
         "imported": [asdict(one) for one in results.imported],
         "trials": [asdict(trial) for trial in results.trials],
     }

@@ -63,6 +63,8 @@ class Ladder:
     """By arm, and from small to large."""
     laws: LadderLaws
     flips: tuple[Flip, ...]
+    gates: tuple[str, ...] = ()
+    """Of each arm that a gate keeps off rungs: its name and why."""
 
     def trials(self, *arms: str) -> tuple[str, ...]:
         """Fingerprints of what the arms' numbers come from."""
@@ -98,6 +100,7 @@ def ladder_behind(store: Store, answer: Results, along: Along = "compute") -> La
         rungs,
         fit_ladder(points, answer.baseline),
         tuple(flip for of_arm in found.values() for flip in rank_flips([rung for rung, _ in of_arm])),
+        tuple(dict.fromkeys(f"{row.arm} {row.gate}" for table in answer.tables for row in table.rows if row.gate)),
     )
 
 

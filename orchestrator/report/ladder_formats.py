@@ -114,6 +114,12 @@ def ladder_notes(ladder: Ladder) -> list[str]:
     notes += [f"{one.arm}: no speed-up, {one.problem}" for one in laws.speed_ups if one.ratio is None]
     if not ladder.flips:
         notes.append("no arm's lead over the baseline turns between rungs where an interval excludes 0")
+    if ladder.gates:
+        said = "; ".join(ladder.gates)
+        notes.append(
+            f"gates: {said}. An arm went on since it looked good below, so its lead there is on average larger than "
+            "the true one, the more so the less a gate lets through"
+        )
     return [*notes, *laws.problems]
 
 

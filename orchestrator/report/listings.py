@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -26,12 +26,13 @@ from orchestrator.report.figures import (
     states_text,
     wrapped,
 )
+from orchestrator.report.gated import gate_lines
 from orchestrator.report.spending import budget_lines
 from orchestrator.report.tree import STATES
 from orchestrator.sweep import SearchedRates
 
 if TYPE_CHECKING:
-    from orchestrator.plan import Plan, PlannedTrial, Refusal
+    from orchestrator.plan import HeldBack, Plan, PlannedTrial, Refusal
     from orchestrator.store import Store, SweepRow
     from orchestrator.sweep import ResourcesConfig
 
@@ -43,6 +44,7 @@ _OVER = ("COMPLETE", "DIVERGED", "PRUNED")
 """States in which a run leaves a trial alone."""
 
 NEW = "new"
+HELD = "held back"
 
 _LEFT = ("arm", "state", "sweep", "run by")
 _GAP = 2
@@ -83,11 +85,17 @@ class _Hanging:
 
 
 def plan_table(
-    plan: Plan, states: Mapping[str, str] | None = None, elsewhere: Mapping[str, str] | None = None
+    plan: Plan,
+    states: Mapping[str, str] | None = None,
+    elsewhere: Mapping[str, str] | None = None,
+    closed: Collection[str] = (),
 ) -> RenderableType:
     """Every trial of a plan, the refusals first and the totals last. ``states``: of the fingerprints in the store;
-    ``elsewhere``: the other sweep that trained them, if no run of this one did."""
-    known, others = states or {}, elsewhere or {}
+    ``elsewhere``: the other sweep that trained them, if no run of this one did. ``closed``: gates that keep an arm off
+    a rung, by ``rung_key``; its trials are not listed."""
+    plan = plan.without(closed)
+    known = {**(states or {}), **{trial.fingerprint: HELD for one in plan.held for trial in one.trials}}
+    others, held, plan = elsewhere or {}, plan.held, plan.whole
     names = list(dict.fromkeys(name for trial in plan.trials for name in trial.axes))
     has_experts = any(trial.num_active_parameters != trial.num_parameters for trial in plan.trials)
     is_matched = plan.sweep.match.by != "none"
@@ -110,7 +118,9 @@ def plan_table(
     parts += _refusal_lines(plan.refusals)
     parts += [table, Text("")] if plan.trials else []
     parts += [*map(_Hanging, told), Text("")] if (told := contrast_lines(plan)) else []
-    return Group(*parts, *map(Text, [*_plan_totals(plan, known), *_reuse_lines(plan, others)]))
+    return Group(
+        *parts, *map(Text, [*_plan_totals(plan, known), *_held_lines(plan, held), *_reuse_lines(plan, others)])
+    )
 
 
 def _absent_lines(plan: Plan) -> list[Text]:
@@ -135,7 +145,7 @@ def _refusal_lines(refusals: Sequence[Refusal]) -> list[Text]:
 def _plan_totals(plan: Plan, known: Mapping[str, str]) -> list[str]:
     left = [trial for trial in plan.trials if known.get(trial.fingerprint, NEW) not in _OVER]
     states = Counter(known.get(trial.fingerprint, NEW) for trial in plan.trials)
-    counts = {state: states[state] for state in (NEW, *STATES) if states[state]}
+    counts = {state: states[state] for state in (NEW, HELD, *STATES) if states[state]}
     lines = [
         f"{plural(len(plan.trials), 'trial')}: {states_text(counts)}; {plural(len(plan.refusals), 'cell')} refused",
     ]
@@ -148,6 +158,21 @@ def _plan_totals(plan: Plan, known: Mapping[str, str]) -> list[str]:
         lines += _gang_lines(plan)
         lines += _memory_lines(plan)
     return [*lines, *_growth_lines(plan), *_confirmation_lines(plan, known)]
+
+
+def _held_lines(plan: Plan, held: Sequence[HeldBack]) -> list[str]:
+    """What gates may save. ``plan``: with nothing held back."""
+    if not plan.rungs:
+        return []
+    number, flops = sum(len(one.trials) for one in held), sum(one.most_flops for one in held)
+    most = plan.training_flops + sum(one.most_flops for one in plan.confirmations)
+    said = f"{len(plan.rungs)} rungs with gates between them, promote {plan.sweep.verdict.promote}"
+    if not held:
+        return [f"{said}: all are decided"]
+    return [
+        f"{said}: {plural(number, 'trial')} held back, and with what follows from them they may save up to "
+        f"{flops_text(flops)} of {flops_text(most)} training FLOPs"
+    ]
 
 
 def _reuse_lines(plan: Plan, elsewhere: Mapping[str, str]) -> list[str]:
@@ -282,6 +307,7 @@ def status_table(store: Store) -> RenderableType:
             *_excluded_hosts(store, sweep),
             *_pruned_cells(store, sweep),
             *_looks(sweep),
+            *_gates(sweep),
             *_last_events(store, sweep),
             *_failed_trials(store, sweep, of_sweep.get("FAILED", 0)),
         ]
@@ -332,6 +358,12 @@ def _looks(sweep: SweepRow) -> list[Text]:
         lines.append(Text(f"{sweep.name}{f', {axes}' if axes else ''}: look {one.look}", style="bold"))
         lines += [Text(f"  {arm}: {reason}") for arm, reason in one.reasons.items()]
     return [Text(""), *lines] if lines else []
+
+
+def _gates(sweep: SweepRow) -> list[Text]:
+    lines = gate_lines(sweep)
+    title = [Text(f"{sweep.name}: {line}", style="bold") for line in lines[:1]]
+    return [Text(""), *title, *map(Text, lines[1:])] if lines else []
 
 
 def _failed_trials(store: Store, sweep: SweepRow, number: int) -> list[Text]:

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 from models.accounting import utilisation
 from models.config import Layout
 from orchestrator.report.figures import lr_text, plural
+from orchestrator.report.gated import kept_back
 from orchestrator.report.imported import with_imported
 from orchestrator.report.tables import tabulate
 from orchestrator.report.tree import LR_AXIS, Results, SweepHeading, TrialResult
-from orchestrator.store import REPRODUCED, allotments, verdict_seeds
+from orchestrator.store import REPRODUCED, allotments, passages, verdict_seeds
 from orchestrator.sweep import ResourcesConfig, SearchedRates, VerdictConfig, look_seeds
 from orchestrator.verdict import Design, Looks
 
@@ -82,6 +83,8 @@ def _heading(sweep: SweepRow) -> SweepHeading:
         confirm_seeds=confirming,
         look_seeds=by_look,
         allotments=tuple(allotments(sweep.verdict)),
+        gates={kept.key: kept.words for kept in kept_back(sweep)},
+        passages=tuple(passages(sweep.verdict)),
         searched_rates=searched,
         rates_note=note,
         declared={arm: tuple(keys) for arm, keys in (sweep.settings.get("declared") or {}).items()},

@@ -55,7 +55,9 @@ class Standing:
 
 
 def budget_forecast(plan: Plan, states: Mapping[str, str], standing: Standing | None) -> list[str]:
-    """A line for each declared budget: what is used, and what the trials that are not over yet will take."""
+    """A line for each declared budget: what is used, and what the trials that are not over yet will take, those too
+    that a gate holds back."""
+    is_gated, plan = bool(plan.held), plan.whole
     left = [trial for trial in plan.trials if states.get(trial.fingerprint) not in _OVER]
     said = []
     added = standing.extensions if standing else ()
@@ -64,6 +66,7 @@ def budget_forecast(plan: Plan, states: Mapping[str, str], standing: Standing | 
         line = f"{name}: {hours_text(used)} of {hours_text(limit)} used"
         if name != "wall_hours" and left:
             line += _what_is_left(plan, left, name, limit - used, standing)
+            line += ", and less where gates hold an arm back" if is_gated else ""
         said.append(line)
     return said
 
@@ -76,7 +79,8 @@ def price_lines(plan: Plan, states: Mapping[str, str], standing: Standing | None
     """
     if not plan.trials:
         return []
-    gpus = _on_gpus(plan)
+    held_back = {trial.fingerprint for one in plan.held for trial in one.trials}
+    plan, gpus = plan.whole, _on_gpus(plan)
     device, measured = ("GPU", "gpu_hours") if gpus else ("CPU", "cpu_hours")
     taken = getattr(standing, measured) if standing else 0.0
     if standing is not None and taken and standing.flops:
@@ -97,6 +101,9 @@ def price_lines(plan: Plan, states: Mapping[str, str], standing: Standing | None
     walls = sorted(one / _devices(trial, gpus) for trial, one in zip(plan.trials, hours, strict=True))
     span = " to ".join(dict.fromkeys(hours_text(one) for one in (walls[0], walls[-1])))
     total = f"{about} {hours_text(sum(hours))} {device}-hours, {hours_text(left)} of them still to do"
+    if held_back:
+        held = sum(one for trial, one in zip(plan.trials, hours, strict=True) if trial.fingerprint in held_back)
+        total += f", of which gates may save up to {hours_text(held)}"
     return [f"price: {total}; {span} hours a trial; {how}"]
 
 
@@ -142,6 +149,7 @@ def disk_lines(plan: Plan) -> list[str]:
     """What the checkpoints that stay will take, when every trial has ended. Nothing without trials."""
     if not plan.trials:
         return []
+    plan = plan.whole
     sizes = [checkpoint_bytes(trial.config) for trial in plan.trials]
     kept = [plan.sweep.checkpoint.num_kept(trial.config.train.num_steps) for trial in plan.trials]
     total = sum(size * number for size, number in zip(sizes, kept, strict=True))

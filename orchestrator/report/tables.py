@@ -38,7 +38,7 @@ from orchestrator.scaling import (
     fit_optimum,
     pooled_variance,
 )
-from orchestrator.store import FINISHED
+from orchestrator.store import FINISHED, passage_key
 from orchestrator.verdict import LookSequence, Sample, Verdict, compare
 
 R = TypeVar("R")
@@ -71,6 +71,7 @@ def tabulate(heading: SweepHeading, trials: Sequence[TrialResult]) -> Results:
         pruning=pruning,
         trials=tuple(trials),
         allotments=heading.allotments,
+        passages=heading.passages,
     )
 
 
@@ -136,6 +137,8 @@ class _Arm:
     num_missing: int
     num_confirming: int | None = None
     """Confirming trials that there should be; None: the seeds that choose the rate are those of the verdict."""
+    gate: str = ""
+    """Why it has no trials on this rung of a ladder, where a gate is the reason."""
 
     @property
     def is_whole(self) -> bool:
@@ -161,7 +164,7 @@ def _table(
     for trial in trials:
         of_arm[trial.arm].append(trial)
     cells = {cell(trial) for trial in trials if trial.seed not in fresh}
-    arms = [_arm(name, heading, split, of_arm[name], cells, cell) for name in names]
+    arms = [_gated(_arm(name, heading, split, of_arm[name], cells, cell), heading, axes) for name in names]
     sequence = None if heading.look_seeds is None else _sequence(heading, split, arms)
     if sequence is None:
         comparison = compare(
@@ -199,6 +202,12 @@ def _table(
         states=_cell_states(trials),
         footnotes=footnotes(heading, split, rows, trials, comparison, reasons, pruned, sequence),
     )
+
+
+def _gated(arm: _Arm, heading: SweepHeading, axes: tuple[tuple[str, Any], ...]) -> _Arm:
+    """The arm with what keeps it off the rung: nothing of it is missing then."""
+    words = heading.gates.get(passage_key(arm.name, dict(axes)), "") if heading.gates and not arm.trials else ""
+    return replace(arm, gate=words, num_missing=0) if words else arm
 
 
 def _sequence(heading: SweepHeading, split: Split, arms: Sequence[_Arm]) -> LookSequence:
@@ -312,7 +321,7 @@ def _problem(arm: _Arm) -> str:
     """Why an arm has no comparable cell."""
     counts = _counts(arm.trials)
     if not counts:
-        return "no trial (refused or excluded)"
+        return arm.gate or "no trial (refused or excluded)"
     if len(counts) == 1 and (state := next(iter(counts))) in ("DIVERGED", "FAILED", "PRUNED"):
         number = len(arm.trials)
         was = "was pruned" if number == 1 else "were pruned"
@@ -371,6 +380,7 @@ def _row(arm: _Arm, judged: Verdict, split: Split, exploratory: bool) -> ArmRow:
         trials_best=tuple(trial.fingerprint for trial in arm.at_best),
         trials_complete=tuple(trial.fingerprint for trial in complete),
         points=rate.points,
+        gate=arm.gate,
     )
 
 

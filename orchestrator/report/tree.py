@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from orchestrator.scaling import Edge, LearningRatePoint, Optimum, PruningAudit
-from orchestrator.store import Allotment, RankDecision
+from orchestrator.store import Allotment, GatePassage, RankDecision
 from orchestrator.sweep import LookSeeds
 from orchestrator.verdict import Decision, Design, Method, NoiseFloor
 
@@ -66,6 +66,10 @@ class SweepHeading:
     """What was pruned by rank, oldest first."""
     allotments: tuple[Allotment, ...] = ()
     """What looks decided, oldest first."""
+    gates: Mapping[str, str] = field(default_factory=dict)
+    """By arm and rung (``store.passage_key``), why a gate keeps the arm off the rung, or that it is not decided yet."""
+    passages: tuple[GatePassage, ...] = ()
+    """What gates between rungs decided, oldest first."""
 
     @property
     def fresh_seeds(self) -> frozenset[int]:
@@ -174,6 +178,8 @@ class ArmRow:
     """Every learning rate that was tried, ascending, by the trials that choose."""
     look: int | None = None
     """The look whose interval this is, from 1, where seeds go to undecided arms; None before it, and elsewhere."""
+    gate: str = ""
+    """Why a gate between rungs keeps the arm off this one, or that it is not decided yet; it has no trials then."""
 
 
 @dataclass(frozen=True)
@@ -246,5 +252,7 @@ class Results:
     trials: tuple[TrialResult, ...] = field(repr=False)
     allotments: tuple[Allotment, ...] = ()
     """What looks decided and which trials they gave, oldest first, as the controller noted it."""
+    passages: tuple[GatePassage, ...] = ()
+    """What gates between rungs decided, oldest first, as the controller noted it."""
     imported: tuple[ImportedRow, ...] = ()
     """Curves from elsewhere, which are in no table."""

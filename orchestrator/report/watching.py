@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from orchestrator.report.figures import axis_text, loss_text, plural
+from orchestrator.report.gated import gate_lines
 from orchestrator.report.spending import budget_lines
 from orchestrator.report.tree import STATES
 
@@ -36,6 +37,8 @@ def watch_frame(store: Store, sweep: SweepRow, now: datetime | None = None) -> R
     parts += _failed(store, sweep, states.get("FAILED", 0))
     parts += _running(running, states.get("RUNNING", 0), moment)
     parts += _bounds(store, sweep)
+    gates = gate_lines(sweep)
+    parts += [Text(""), *map(Text, gates)] if gates else []
     events = store.events(sweep.id, last=NUM_EVENTS)
     if events:
         parts.append(Text(""))

@@ -53,7 +53,7 @@ class GatePassage:
 
     @property
     def key(self) -> str:
-        return _key(self.arm, self.axes)
+        return passage_key(self.arm, self.axes)
 
 
 def passages(verdict: Mapping[str, Any]) -> list[GatePassage]:
@@ -117,7 +117,8 @@ def _note(connection: Connection, sweep_id: int, verdict: Mapping[str, Any], dec
         add_event(connection, sweep_id, GATED, f"{one.arm} {does} rung {one.rung}: {one.reason}")
 
 
-def _key(arm: str, axes: Mapping[str, Any]) -> str:
+def passage_key(arm: str, axes: Mapping[str, Any]) -> str:
+    """An arm on a rung, as the plan's ``rung_key``."""
     return json.dumps([arm, dict(axes)], sort_keys=True, default=str)
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from models.redaction import redacted
-from orchestrator.store import AttemptRow, Store, StoreOutage, SweepRow, TrialRow
+from orchestrator.store import GATED, AttemptRow, Store, StoreOutage, SweepRow, TrialRow
 from orchestrator.sweep import NOTICE_KINDS
 from orchestrator.tracking import run_content
 from orchestrator.tracking.layer_plots import layer_plots
@@ -118,15 +118,16 @@ class _Pass:
             raise OutOfTime
 
     def _send_notices(self) -> None:
-        """The last one of each kind, as tags of the sweep's run."""
-        found = [self._store.events(self._sweep.id, kind=kind, last=1) for kind in NOTICE_KINDS]
-        notices = [event for events in found for event in events]
-        cursor = {"place": self._place, "notices": max((event.id for event in notices), default=0)}
-        if not notices or self._sweep.mirror_cursor == cursor:
+        """The last one of each kind, and what gates decided, as tags of the sweep's run."""
+        found = [self._store.events(self._sweep.id, kind=kind, last=1) for kind in (*NOTICE_KINDS, GATED)]
+        last = [event for events in found for event in events]
+        cursor = {"place": self._place, "notices": max((event.id for event in last), default=0)}
+        if not last or self._sweep.mirror_cursor == cursor:
             return
         self._check_time()
         parent = self._parent()
-        parent.set_tags(parent.run_id, run_content.notice_tags(notices))
+        notices = run_content.notice_tags([event for event in last if event.kind != GATED])
+        parent.set_tags(parent.run_id, notices | run_content.gate_tags(self._sweep))
         self._store.set_mirror_cursor(self._sweep.id, None, cursor)
         self._sweep = replace(self._sweep, mirror_cursor=cursor)
 

@@ -24,6 +24,7 @@ from orchestrator.store import (
     TrialRow,
     ValidationRow,
     mean_or_none,
+    standing_passages,
 )
 
 STEPS_PER_TRIAL = 250
@@ -104,6 +105,15 @@ def notice_tags(notices: Sequence[EventRow]) -> dict[str, str]:
         f"gatesweep.notice.{event.kind}": f"{event.at:%Y-%m-%dT%H:%M:%SZ} {event.message}"[:MAX_VALUE_LENGTH]
         for event in notices
     }
+
+
+def gate_tags(sweep: SweepRow) -> dict[str, str]:
+    """``gatesweep.gate.ARM.rung_2``: whether the arm goes on to the rung, and why."""
+    tags = {}
+    for one in standing_passages(sweep.verdict, sweep.settings).values():
+        does = "goes on" if one.is_through else "does not go on"
+        tags[f"gatesweep.gate.{one.arm}.rung_{one.rung}"] = f"{does}: {one.reason}"[:MAX_VALUE_LENGTH]
+    return tags
 
 
 def sweep_status(rows: Sequence[TrialRow]) -> str:
