@@ -18,7 +18,7 @@ from typing import Any, Literal
 import pytest
 from sweep_runs import NoMirror, Watcher, curve_numbers, plan_of
 
-from models import run_dir
+from models import run_dir, trust
 from models.config import Layout, TrialConfig
 from models.run_dir import AttemptSpec, DiagnosticRecord, Record, StepRecord, Summary, ValidationRecord
 from orchestrator.controller import Controller
@@ -187,7 +187,7 @@ class FakeGang:
                 return GangEnd(end.summary, landing=self.landing)  # type: ignore[arg-type]
             return end
         every = self.spec.checkpoint_every_steps
-        if every and self.step % every == 0:
+        if (every and self.step % every == 0) or self.step in self.spec.branch_steps:
             self.save()
         if self.stop_token == self.spec.token:
             self.save()
@@ -198,6 +198,7 @@ class FakeGang:
         folder = run_dir.checkpoint_path(self.spec.attempt_dir, self.step)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "fake").write_text(str(self.step))
+        (folder / trust.MANIFEST).write_text('{"files": {}}')
 
     def _write(self, record: Record) -> None:
         with run_dir.metrics_path(self.spec.attempt_dir).open("a") as stream:
@@ -211,7 +212,10 @@ class FakeGang:
 
 
 def fake_loss(config: TrialConfig, step: int) -> float:
-    """Falling, and different for every trial and step."""
+    """Falling, and different for every trial and step, but for trials with one trunk."""
+    if config.train.trunk_tokens is not None:
+        train = config.train.model_copy(update={"tokens": config.train.trunk_tokens})
+        config = config.model_copy(update={"train": train})
     digest = hashlib.sha256(f"{config.fingerprint()} {step}".encode()).digest()
     return 3.0 - 0.01 * step + digest[0] / 10_000
 

@@ -47,9 +47,9 @@ def attempt(number: int, cause: str | None, end_step: int | None = None) -> Atte
     moment = datetime(2026, 1, 1, tzinfo=UTC)
     return AttemptRow(
         id=number, fingerprint="f" * 16, number=number, token="t", sweep_id=1, layout=Layout(), hosts=(),
-        provenance={}, resume_step=0, resumed_from=None, started_at=moment, ended_at=moment, cause=cause,
-        reason=None, end_step=end_step, seconds=1.0, tokens_per_second=None, peak_memory_bytes=None, log_tail=None,
-            cpus=1.0, gpus=0.0, held_seconds=1.0,
+        provenance={}, resume_step=0, resumed_from=None, branched_from=None, started_at=moment, ended_at=moment,
+        cause=cause, reason=None, end_step=end_step, seconds=1.0, tokens_per_second=None, peak_memory_bytes=None,
+        log_tail=None, cpus=1.0, gpus=0.0, held_seconds=1.0,
     )  # fmt: skip
 
 

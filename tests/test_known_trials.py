@@ -64,7 +64,7 @@ def test_a_trial_that_was_tried_since_it_was_read_is_resumed_and_not_begun_anew(
         gang = cluster.start_gang(GangShape.of(plan.sweep.resources), 1)
         gang.poll_start()
         assert stale.num_attempts == 0
-        begun = launch(controller.sweep_run, gang, stale)  # type: ignore[arg-type]
+        begun = launch(controller.sweep_run, controller.branching, gang, stale)  # type: ignore[arg-type]
         assert begun is not None
         assert begun[0].row.number == 2
         assert controller.trials[stale.fingerprint].num_attempts == 2

@@ -42,7 +42,10 @@ class KnownTrials:
         self._later: list[tuple[float, str]] = []
         """When those that failed lately may be tried again, a heap."""
         self._not_before: dict[str, float] = {}
+        self._held: frozenset[str] = frozenset()
         self.read_at = -float("inf")
+        self.generation = 0
+        """Raised whenever trials may have joined or left."""
         self.counts: Counter[str] = Counter()
         self.steps_waiting = 0
         self.queues: dict[GangShape, list[Place]] = {}
@@ -76,6 +79,7 @@ class KnownTrials:
             everything = not known or (looks_at_all and len(changes) != len(self._rows))
         if everything or not self._rows:
             rows = self._store.trials(self._sweep_id)
+            self.generation += 1
             self._forget()
             for row in rows:
                 self._put(row)
@@ -111,6 +115,16 @@ class KnownTrials:
                 self._not_before.pop(fingerprint, None)
                 self._enqueue(self._rows[fingerprint])
 
+    def hold(self, fingerprints: frozenset[str]) -> None:
+        """These, and no others, stay out of the queues though they wait, whatever is read of them meanwhile."""
+        before, self._held = self._held, fingerprints
+        for fingerprint in before ^ fingerprints:
+            row = self._rows.get(fingerprint)
+            if row is not None and row.state == "WAITING":
+                self._dequeue(row)
+                if fingerprint not in self._not_before:
+                    self._enqueue(row)
+
     def waiting(self) -> list[TrialRow]:
         """Those that may be started now, in order; it walks over all of them."""
         return [self._rows[fingerprint] for _, fingerprint in sorted(one for of in self.queues.values() for one in of)]
@@ -137,6 +151,8 @@ class KnownTrials:
                 self._enqueue(row)
 
     def _enqueue(self, row: TrialRow) -> None:
+        if row.fingerprint in self._held:
+            return
         queue, place = self.queues.setdefault(self.shape(row), []), (row.position, row.fingerprint)
         at = bisect.bisect_left(queue, place)
         if row.state == "WAITING" and queue[at : at + 1] != [place]:

@@ -11,6 +11,7 @@ from typing import Self
 from orchestrator.controller.adoption import adopt_orphans, new_lease_file, take_over
 from orchestrator.controller.allocation import confirm
 from orchestrator.controller.announcing import Announcer
+from orchestrator.controller.branching import Branching
 from orchestrator.controller.budget import BudgetWatch
 from orchestrator.controller.clock import Clock
 from orchestrator.controller.cluster_watch import ClusterLost, ClusterWatch
@@ -120,6 +121,7 @@ class Controller:
         self.orders = Orders(store, sweep_id, sweep.resources, sweep.priority)
         self.sharing = Sharing(store, sweep.name, cluster.identity, pool, self.trials, self.orders)
         self.pruning = RankPruning(self.sweep_run)
+        self.branching = Branching(self.sweep_run)
         self.stopping = Stopping()
         self.cluster_watch = ClusterWatch(cluster, self.sweep_run, self._follow)
         self.outage.is_hurried = lambda: self.stopping.is_hurried
@@ -203,6 +205,7 @@ class Controller:
         caps = self.sharing.caps(self.orders.caps())
         self.pool.heed_caps(*caps)
         self.pruning.work()
+        self.branching.work()
         self.trials.wake()
         self._start_trials(caps)
 
@@ -212,6 +215,7 @@ class Controller:
         if not self.pruning.is_declared:
             caps = self.sharing.caps(self.orders.caps())
             self.pool.heed_caps(*caps)
+            self.branching.work()
             self._start_trials(caps)
 
     def _start_trials(self, caps: tuple[float, float]) -> None:
@@ -242,7 +246,7 @@ class Controller:
         self.news = self.cluster.wait(gangs, self._poll_seconds())
 
     def _launch(self, gang: Gang, trial: TrialRow) -> None:
-        launched = launch(self.sweep_run, gang, trial)
+        launched = launch(self.sweep_run, self.branching, gang, trial)
         if launched is None:
             self._refresh(now=True)  # another sweep shares the trial and runs it now; its end is ours, too
         elif launched[1] is not None:
@@ -253,6 +257,7 @@ class Controller:
             if end.summary is None and not self.cluster_watch.is_there():
                 continue  # gangs that die with their cluster are not to blame: the next look tells
             end_attempt(self.sweep_run, attempt, end)
+            self.branching.tidy(attempt.trial)
             after_each_end()
 
     def _abandon(self) -> None:

@@ -100,6 +100,7 @@ def _spec(home: Path, trial: TrialRow, last: AttemptRow) -> AttemptSpec:
         "resume_step": 0,
         "checkpoint_every_steps": None,
         "final_checkpoint": False,
+        "branch_steps": (),
     }
     return asked.model_copy(update=changes)
 

@@ -17,7 +17,9 @@ class ResumePoint:
     step: int
     checkpoint: Path | None = None
     attempt: int | None = None
-    """The attempt that wrote the checkpoint; None: from the start."""
+    """The attempt that wrote the checkpoint; None: from the start, or of another trial."""
+    trunk: str | None = None
+    """The fingerprint of that other trial."""
 
 
 def attempt_dir(trial_dir: Path, attempt: AttemptRow) -> Path:

@@ -4,6 +4,7 @@ The same file gives the same trials in the same order with the same fingerprints
 a whole config shows are UserErrors; what is right but beyond this version or this layout is a Refusal.
 """
 
+from orchestrator.plan.branches import Branch, decay_branches, planned_branches, trained_flops
 from orchestrator.plan.contrasts import Change, Contrast
 from orchestrator.plan.expansion import MAX_TRIALS, Plan, expand
 from orchestrator.plan.fit import after_out_of_memory, micro_batch_sizes
@@ -15,6 +16,7 @@ from orchestrator.plan.resolve import match_residual
 __all__ = [
     "LR",
     "MAX_TRIALS",
+    "Branch",
     "Change",
     "Confirmation",
     "Contrast",
@@ -26,8 +28,11 @@ __all__ = [
     "RateGroup",
     "Refusal",
     "after_out_of_memory",
+    "decay_branches",
     "expand",
     "match_residual",
     "micro_batch_sizes",
+    "planned_branches",
     "rung_key",
+    "trained_flops",
 ]

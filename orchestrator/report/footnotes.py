@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from operator import attrgetter, itemgetter
 
+from orchestrator.report.branching import branched_note
 from orchestrator.report.contrasts import several_things
 from orchestrator.report.figures import lr_text, plural, states_text
 from orchestrator.report.look_words import looks_in_words
@@ -47,6 +48,7 @@ def footnotes(
         _incomplete(rows, trials),
         _holes(trials),
         _unfinished(trials),
+        branched_note(trials),
         _reused(trials),
         _shared_baseline(heading),
         _reproduced(trials),

@@ -13,6 +13,7 @@ from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderR
 from rich.table import Table
 from rich.text import Text
 
+from orchestrator.report.branching import branch_lines
 from orchestrator.report.contrasts import contrast_lines
 from orchestrator.report.figures import (
     NOTHING,
@@ -155,6 +156,7 @@ def _plan_totals(plan: Plan, known: Mapping[str, str]) -> list[str]:
         flops, flops_left = (sum(trial.training_flops for trial in trials) for trials in (plan.trials, left))
         work = f"{flops_text(flops)} training FLOPs in all, {flops_text(flops_left)} still to do"
         lines.append(f"{span} parameters a trial; {work}")
+        lines += branch_lines(plan)
         lines += _gang_lines(plan)
         lines += _memory_lines(plan)
     return [*lines, *_growth_lines(plan), *_confirmation_lines(plan, known)]

@@ -235,4 +235,5 @@ def _trial_result(
         utilisation=utilisation(flops_per_second, peak, num_ranks),
         trained_in=trained_in,
         share_done=(outcome.end_step or 0) / outcome.num_steps,
+        branched=outcome.branched,
     )

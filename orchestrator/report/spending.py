@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from models.accounting import checkpoint_bytes
+from orchestrator.report.branching import work_of
 from orchestrator.report.figures import memory_text
 from orchestrator.sweep import limits
 
@@ -84,7 +85,8 @@ def price_lines(plan: Plan, states: Mapping[str, str], standing: Standing | None
     device, measured = ("GPU", "gpu_hours") if gpus else ("CPU", "cpu_hours")
     taken = getattr(standing, measured) if standing else 0.0
     if standing is not None and taken and standing.flops:
-        hours = [trial.training_flops * taken / standing.flops for trial in plan.trials]
+        work = work_of(plan)
+        hours = [work[trial.fingerprint] * taken / standing.flops for trial in plan.trials]
         rate = standing.flops / taken / 3600
         about, how = "about", f"{_complete_text(standing)} ({rate:.3g} FLOP/s a {device})"
         how = f"at the pace of {how}"
@@ -117,7 +119,8 @@ def _complete_text(standing: Standing) -> str:
 
 
 def _what_is_left(plan: Plan, left: Sequence[PlannedTrial], name: str, room: float, standing: Standing | None) -> str:
-    flops = sum(trial.training_flops for trial in left)
+    work = work_of(plan)
+    flops = sum(work[trial.fingerprint] for trial in left)
     measured = getattr(standing, name) if standing else 0.0
     if standing is not None and measured and standing.flops:
         takes = flops * measured / standing.flops
@@ -142,7 +145,8 @@ def _on_gpus(plan: Plan) -> bool:
 def _hours_at(rank_flops: float, plan: Plan, trials: Sequence[PlannedTrial]) -> list[float]:
     """Device-hours of each, at so many FLOPs a second of a rank."""
     devices = [one.resources.gpus if _on_gpus(plan) else one.resources.cpus for one in trials]
-    return [one.training_flops / rank_flops * held / 3600 for one, held in zip(trials, devices, strict=True)]
+    work = work_of(plan)
+    return [work[one.fingerprint] / rank_flops * held / 3600 for one, held in zip(trials, devices, strict=True)]
 
 
 def disk_lines(plan: Plan) -> list[str]:
@@ -162,5 +166,6 @@ def _hours_at_peak(plan: Plan, trials: Sequence[PlannedTrial]) -> list[float] | 
     """GPU-hours of each; None when a peak is not known."""
     resources = plan.sweep.resources
     peaks = [resources.rank_peak_flops(trial.config.precision) for trial in trials]
-    seconds = [trial.training_flops / peak for trial, peak in zip(trials, peaks, strict=True) if peak is not None]
+    work = work_of(plan)
+    seconds = [work[trial.fingerprint] / peak for trial, peak in zip(trials, peaks, strict=True) if peak is not None]
     return [one * resources.gpus / 3600 for one in seconds] if len(seconds) == len(trials) else None

@@ -119,6 +119,8 @@ class TrialResult:
     """The sweep whose controller trained it, when that is not the sweep of the table."""
     share_done: float = 0.0
     """Of its schedule, 0 to 1, up to where it ended; 0 as long as it has not."""
+    branched: tuple[str, int] | None = None
+    """The longer trial that it began in, by its fingerprint, and the last step that both share."""
 
 
 @dataclass(frozen=True)

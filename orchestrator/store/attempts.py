@@ -16,7 +16,7 @@ from sqlalchemy import Connection, bindparam, func, insert, select, update
 from models.config import Layout
 from models.run_dir import DiagnosticRecord, Record, StepRecord, Summary, ValidationRecord
 from orchestrator.store import lease as leases
-from orchestrator.store import schema
+from orchestrator.store import schema, shared_steps
 from orchestrator.store.layers import layer_rows
 from orchestrator.store.reader import attempt_row
 from orchestrator.store.rows import AttemptRow, FinishedIsFinal, Lease, TrialTaken
@@ -49,6 +49,7 @@ def start(
     provenance: Mapping[str, Any],
     resume_step: int,
     resumed_from: int | None,
+    branched_from: str | None = None,
     cpus: float | None = None,
     gpus: float | None = None,
     hosts: Sequence[str] = (),
@@ -73,12 +74,16 @@ def start(
         "provenance": dict(provenance),
         "resume_step": resume_step,
         "resumed_from_attempt": resumed_from,
+        "branched_from": branched_from,
         "cpus": cpus,
         "gpus": gpus,
         "hosts": list(hosts) or None,
         "started_at": now,
     }
-    return attempt_row(connection.execute(_OPEN, values).mappings().one())
+    row = attempt_row(connection.execute(_OPEN, values).mappings().one())
+    if branched_from is not None:
+        shared_steps.take_over(connection, row)
+    return row
 
 
 def open_attempt(connection: Connection, lease: Lease, fingerprint: str) -> AttemptRow | None:

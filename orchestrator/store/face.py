@@ -25,6 +25,7 @@ from orchestrator.store import (
     ranking,
     reader,
     schema,
+    shared_steps,
     sharing,
     spending,
     submission,
@@ -295,6 +296,7 @@ class Store:
         provenance: Mapping[str, Any],
         resume_step: int = 0,
         resumed_from: int | None = None,
+        branched_from: str | None = None,
         cpus: float | None = None,
         gpus: float | None = None,
         hosts: Sequence[str] = (),
@@ -303,9 +305,10 @@ class Store:
         """Claim a WAITING trial; TrialTaken when it is not (another sweep's controller may run it), or when it has had
         more attempts than the ``num_earlier`` that the caller has seen.
 
+        ``branched_from``: the trial that it leaves at ``resume_step``, whose records up to there become its own.
         ``cpus`` and ``gpus`` are what its whole gang holds: what budgets are charged.
         """
-        given = (layout, provenance, resume_step, resumed_from, cpus, gpus, hosts, num_earlier)
+        given = (layout, provenance, resume_step, resumed_from, branched_from, cpus, gpus, hosts, num_earlier)
         waits = self._num_waits
         try:
             return self._write(attempts.start, lease, fingerprint, *given)
@@ -406,6 +409,10 @@ class Store:
         """A trial's history by the reader's rule. ``after`` = (attempt, step) gives only newer steps; validations
         are few, and always all there."""
         return self._read(reader.curve, fingerprint, after)
+
+    def num_steps(self, fingerprint: str, until: int) -> int:
+        """How many steps up to ``until`` a trial's curve has."""
+        return self._read(shared_steps.num_steps, fingerprint, until)
 
     def layers(self, fingerprint: str, after: int = 0) -> list[LayerRow]:
         """What the probes after step ``after`` saw inside a trial, a row a step and layer, by the reader's rule."""

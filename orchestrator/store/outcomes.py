@@ -22,7 +22,7 @@ _TRIALS = """
 SELECT st.position, st.fingerprint, st.arm, CAST(st.axes AS TEXT), st.seed, t.lr, t.state, t.cause, t.reason,
        t.num_parameters, t.training_flops, t.num_steps, t.batch_tokens, t.precision, t.end_step,
        a.id, a.number, a.resume_step, CAST(a.layout AS TEXT), a.provenance ->> 'backend', a.tokens_per_second,
-       a.sweep_id
+       a.sweep_id, a.resumed_from_attempt, a.branched_from
 FROM sweep_trial st
 JOIN trial t ON t.fingerprint = st.fingerprint
 LEFT JOIN attempt a ON a.fingerprint = st.fingerprint
@@ -30,7 +30,11 @@ WHERE st.sweep_id = :sweep_id AND st.current
 """
 """A row an attempt, and one for a trial without any."""
 
-_FINGERPRINT, _STATE, _ATTEMPT_ID, _NUMBER, _RESUME_STEP, _LAYOUT, _BACKEND, _SPEED, _SWEEP = 1, 6, *range(15, 22)
+_FINGERPRINT, _STATE, _ATTEMPT_ID, _NUMBER, _RESUME_STEP, _LAYOUT, _BACKEND, _SPEED, _SWEEP, _OWN, _TRUNK = (
+    1,
+    6,
+    *range(15, 24),
+)
 _IN_ORDER = itemgetter(0, _FINGERPRINT, _NUMBER)
 
 _ENDS = """
@@ -112,13 +116,14 @@ class _Parsed(dict[str, Any]):
 
 
 def _taken(attempts: Sequence[Sequence[Any]], layouts: _Parsed, sweeps: Mapping[int, str]) -> tuple[Any, ...]:
-    """Of a trial's attempts: their number, the back ends and layouts, and the speed and the sweep of the last.
+    """Of a trial's attempts: their number, the back ends and layouts, the speed and the sweep of the last, and where
+    the trial branched off another.
 
     A layout counts if no later attempt began at its attempt's first step or before: successors build on it.
     """
     last = attempts[-1]
     if last[_ATTEMPT_ID] is None:
-        return 0, (), (), None, None
+        return 0, (), (), None, None, None
     backends = tuple(sorted({attempt[_BACKEND] for attempt in attempts if attempt[_BACKEND] is not None}))
     counted: list[dict[str, Any]] = []
     first = math.inf
@@ -127,7 +132,9 @@ def _taken(attempts: Sequence[Sequence[Any]], layouts: _Parsed, sweeps: Mapping[
             first, layout = attempt[_RESUME_STEP], layouts[attempt[_LAYOUT]]
             if counted[-1:] != [layout]:
                 counted.append(layout)
-    return len(attempts), backends, tuple(reversed(counted)), last[_SPEED], sweeps[last[_SWEEP]]
+    beginning = next(attempt for attempt in reversed(attempts) if attempt[_OWN] is None)
+    branched = None if beginning[_TRUNK] is None else (beginning[_TRUNK], beginning[_RESUME_STEP])
+    return len(attempts), backends, tuple(reversed(counted)), last[_SPEED], sweeps[last[_SWEEP]], branched
 
 
 def num_by_state(connection: Connection, sweep_id: int | None = None) -> dict[int, dict[str, int]]:

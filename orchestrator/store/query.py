@@ -47,7 +47,7 @@ _TYPES: dict[str, tuple[str, ...]] = {
         "max_activation", "attention_output_rms", "ffn_output_rms", "residual_rms", "update_ratio", "gate_score",
         "flops", "cpus", "gpus",
     ),
-    "Int64": ("end_step", "resumed_from_attempt", "peak_memory_bytes"),
+    "Int64": ("end_step", "resumed_from_attempt", "branch_step", "peak_memory_bytes"),
 }  # fmt: skip
 _MOMENTS = ("started_at", "ended_at")
 _NESTED = ("layout", "hosts", "provenance", "heads", "gates")

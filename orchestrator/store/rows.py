@@ -152,6 +152,8 @@ class Outcome(NamedTuple):
     """Of the last attempt."""
     trained_in: str | None
     """The sweep whose controller ran the last attempt."""
+    branched: tuple[str, int] | None
+    """The fingerprint of the trial that its history begins in, and the last step that it shares with it."""
     tails: dict[str, TailRow]
     """By split; only of a COMPLETE trial."""
 
@@ -183,6 +185,8 @@ class AttemptRow:
     provenance: dict[str, Any]
     resume_step: int
     resumed_from: int | None
+    branched_from: str | None
+    """The other trial whose checkpoint of ``resume_step`` it began at."""
     cpus: float | None
     """Of the whole gang; None when they were not noted."""
     gpus: float | None

@@ -35,7 +35,7 @@ from models.redaction import redacted, redacted_content
 VERSION_TABLE = "gatesweep_version"
 """Not ``alembic_version``: Optuna and MLflow use that name, and may share the database."""
 
-REVISIONS = ("0001", "0002", "0003", "0004", "0005", "0006", "0007", "0008", "0009")
+REVISIONS = ("0001", "0002", "0003", "0004", "0005", "0006", "0007", "0008", "0009", "0010")
 """Every schema version this code knows, oldest first. A database at another one was made by newer code."""
 
 WAITING, RUNNING, COMPLETE, PRUNED, DIVERGED, FAILED, CANCELED = STATES = (
@@ -197,6 +197,7 @@ attempt = Table(
     Column("provenance", RedactedJson, nullable=False),
     Column("resume_step", BigInteger, nullable=False),
     Column("resumed_from_attempt", Integer),
+    Column("branched_from", String(64)),  # the trial whose checkpoint it began at, if that is another one
     Column("cpus", Float(53)),
     Column("gpus", Float(53)),
     Column("held_seconds", Float(53)),

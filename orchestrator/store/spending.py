@@ -56,15 +56,17 @@ def pace(connection: Connection, sweep_id: int) -> tuple[float, float, float, in
             attempt.c.fingerprint,
             func.sum(attempt.c.held_seconds * attempt.c.gpus).label("gpu_seconds"),
             func.sum(attempt.c.held_seconds * attempt.c.cpus).label("cpu_seconds"),
+            func.min(attempt.c.resume_step).label("first_step"),  # above 0 of a branch: what is before is its trunk's
         )
         .join(link, and_(link.c.fingerprint == attempt.c.fingerprint, link.c.sweep_id == sweep_id, link.c.current))
         .where(attempt.c.held_seconds.is_not(None), attempt.c.cpus.is_not(None))
         .group_by(attempt.c.fingerprint)
         .subquery()
     )
+    done = trial.c.training_flops * (1.0 - of_trial.c.first_step * 1.0 / trial.c.num_steps)
     of_sweep = (
         select(
-            func.coalesce(func.sum(trial.c.training_flops), 0.0),
+            func.coalesce(func.sum(done), 0.0),
             func.coalesce(func.sum(of_trial.c.gpu_seconds), 0.0) / 3600,
             func.coalesce(func.sum(of_trial.c.cpu_seconds), 0.0) / 3600,
             func.count(),

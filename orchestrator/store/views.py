@@ -44,6 +44,10 @@ def _final(split: str, column: str) -> str:
            ORDER BY v.step DESC, p.number DESC LIMIT 1) END"""
 
 
+# Where the history that counts begins: the last attempt that went on from none of its own.
+_BEGINNING = """(SELECT a.{column} FROM attempt a WHERE a.fingerprint = t.fingerprint AND a.resumed_from_attempt IS NULL
+        ORDER BY a.number DESC LIMIT 1)"""
+
 _RESULTS = f"""
 SELECT s.name AS sweep, st.arm, st.axes, t.lr, st.seed, t.state, t.cause, t.reason, t.fingerprint,
        t.num_parameters, t.training_flops,
@@ -61,6 +65,9 @@ SELECT s.name AS sweep, st.arm, st.axes, t.lr, st.seed, t.state, t.cause, t.reas
        (SELECT SUM(a.seconds) FROM attempt a WHERE a.fingerprint = t.fingerprint) AS seconds,
        (SELECT o.name FROM attempt a JOIN sweep o ON o.id = a.sweep_id WHERE a.fingerprint = t.fingerprint
         ORDER BY a.number DESC LIMIT 1) AS trained_in,
+       {_BEGINNING.format(column="branched_from")} AS branched_from,
+       CASE WHEN {_BEGINNING.format(column="branched_from")} IS NOT NULL
+            THEN {_BEGINNING.format(column="resume_step")} END AS branch_step,
        st.position
 FROM sweep_trial st
 JOIN sweep s ON s.id = st.sweep_id
@@ -84,8 +91,8 @@ WHERE st.current
 
 _ATTEMPTS = """
 SELECT s.name AS sweep, st.arm, st.axes, st.seed, t.lr, t.fingerprint, t.state, a.number AS attempt, a.token,
-       a.cause, a.reason, a.resume_step, a.resumed_from_attempt, a.end_step, a.started_at, a.ended_at, a.seconds,
-       a.tokens_per_second, a.peak_memory_bytes, a.layout, a.hosts,
+       a.cause, a.reason, a.resume_step, a.resumed_from_attempt, a.branched_from, a.end_step, a.started_at, a.ended_at,
+       a.seconds, a.tokens_per_second, a.peak_memory_bytes, a.layout, a.hosts,
        a.provenance ->> 'commit' AS git_commit,
        CAST(a.provenance ->> 'dirty' AS BOOLEAN) AS git_dirty,
        a.provenance, a.log_tail, o.name AS started_by, st.position
