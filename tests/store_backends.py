@@ -6,12 +6,13 @@ together with ``postgres_server``.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import pwd
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -35,20 +36,27 @@ def _unprivileged() -> tuple[list[str], int | None]:
 
 
 class PostgresServer:
-    """A throw-away server on a Unix socket, without durability; one schema a test."""
+    """A throw-away server on a Unix socket, without durability; one schema a test.
 
-    def __init__(self) -> None:
+    ``run``: what a command begins with to run on another host; there it listens on ``address``, too, for the network's.
+    """
+
+    def __init__(self, run: Sequence[str] = (), address: str = "") -> None:
         prefix, user_id = _unprivileged()
         self._folder = Path(tempfile.mkdtemp(prefix="pg"))
         if user_id is not None:
             os.chown(self._folder, user_id, -1)
         self._data = self._folder / "data"
-        self._num_schemas = 0
-        self._run = [*prefix, "env", "LC_ALL=C", f"HOME={self._folder}"]
+        self._num_schemas, self._address = 0, address
+        self._run = [*run, *prefix, "env", "LC_ALL=C", f"HOME={self._folder}"]
         initdb, self._control = _server_binary("initdb"), _server_binary("pg_ctl")
         try:
             self._call([str(initdb), "-D", str(self._data), "-U", "gatesweep", "-A", "trust", "-E", "UTF8", "-N"])
-            options = f"-F -k {self._folder} -c listen_addresses='' -c shared_buffers=32MB -c max_connections=60"
+            with (self._data / "pg_hba.conf").open("a") as allowed:
+                allowed.write("host all all samenet trust\n")
+            options = (
+                f"-F -k {self._folder} -c listen_addresses='{address}' -c shared_buffers=32MB -c max_connections=60"
+            )
             log = str(self._folder / "log")
             self._start = [str(self._control), "-D", str(self._data), "-w", "-l", log, "-o", options, "start"]
             self._call(self._start)
@@ -73,6 +81,10 @@ class PostgresServer:
             connection.execute(f"CREATE SCHEMA {name}")
         return f"postgresql+psycopg://gatesweep@/postgres?host={self._folder}&options=-csearch_path%3D{name}"
 
+    def over_network(self, url: str) -> str:
+        """The same store by the server's address."""
+        return url.replace(f"host={self._folder}", f"host={self._address}")
+
     def pause(self) -> None:
         """Stop at once, as a crash would; ``resume`` starts it again on what it had."""
         self._call([str(self._control), "-D", str(self._data), "-m", "immediate", "-w", "stop"])
@@ -93,14 +105,22 @@ def _the_server() -> PostgresServer:
     return PostgresServer()
 
 
+def why_no_server() -> str | None:
+    """What is missing for one; None when nothing is."""
+    if _server_binary("initdb") is None:
+        return "PostgreSQL's server is not installed (no initdb in /usr/lib/postgresql/*/bin or on the PATH)"
+    if importlib.util.find_spec("psycopg") is None:
+        return "psycopg is not installed"
+    if os.geteuid() == 0 and shutil.which("setpriv") is None:
+        return "PostgreSQL refuses root, and there is no setpriv to step down with"
+    return None
+
+
 @pytest.fixture(scope="session")
 def postgres_server() -> Iterator[PostgresServer]:
-    """One server a session; skipped where PostgreSQL's server, or psycopg, is not installed."""
-    if _server_binary("initdb") is None:
-        pytest.skip("PostgreSQL's server is not installed (no initdb in /usr/lib/postgresql/*/bin or on the PATH)")
-    pytest.importorskip("psycopg", reason="psycopg is not installed")
-    if os.geteuid() == 0 and shutil.which("setpriv") is None:
-        pytest.skip("PostgreSQL refuses root, and there is no setpriv to step down with")
+    """One server a session; skipped where there can be none."""
+    if reason := why_no_server():
+        pytest.skip(reason)
     server = _the_server()
     yield server
     server.stop()

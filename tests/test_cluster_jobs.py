@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import urllib.error
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from services import free_ports, laptop
 from sweep_runs import SWEEP, wait_for, write_sweep
 
 from orchestrator.store import Store
@@ -25,25 +25,12 @@ pytestmark = [
     ),
 ]
 
-TREE = Path(__file__).parents[1]
-
 
 @dataclass(frozen=True)
 class Head:
     address: str
     home: Path
     token_file: Path
-
-
-def free_ports(count: int) -> list[int]:
-    """Free now; nothing else is started in between."""
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
 
 
 @pytest.fixture
@@ -92,19 +79,6 @@ def _asks_for_a_token(address: str) -> bool:
     except OSError:
         return False
     raise AssertionError("the Jobs port let someone in without a token")
-
-
-def laptop(folder: Path, *arguments: str) -> str:
-    """``gatesweep`` in a process that has ended when this returns."""
-    environment = {
-        **{name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "GATESWEEP_", "MLFLOW_"))},
-        "PYTHONPATH": str(TREE),
-        "GATESWEEP_HOME": str(folder / "laptop"),
-    }
-    command = [sys.executable, "-c", "from orchestrator.cli import main; main()", *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 def test_a_submitted_sweep_ends_by_itself_with_the_version_that_was_sent(tmp_path: Path, head: Head):

@@ -7,11 +7,9 @@ Whoever dies is started again by ``World.tend``, as an operator would do.
 from __future__ import annotations
 
 import contextlib
-import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -22,12 +20,19 @@ from pathlib import Path
 
 import psutil
 import ray
+from services import (
+    MINIMAL_RAY,
+    Rank,
+    Service,
+    free_ports,
+    is_begun,
+    is_listening,
+    ranks_of,
+    ray_environment,
+)
 from store_backends import PostgresServer
 from sweep_runs import wait_for
 
-from models import run_dir
-
-TREE = Path(__file__).parents[2]
 NUM_NODES, CPUS_A_NODE = 2, 2
 HOME_MEGABYTES = 2048
 STARTS = 5
@@ -36,102 +41,6 @@ ENDED_BY_RAY = "WrongClusterID"
 """Ray's library ends a process that asks something of a head which is gone in that moment and comes back as another."""
 NODE_NAMES = ("node-manager-port", "object-manager-port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port")
 NODE_NAMES += ("runtime-env-agent-port", "metrics-export-port")
-MINIMAL_RAY = """
-import ray._private.utils
-ray._private.utils.get_dashboard_dependency_error = lambda: ImportError("not wanted")
-from ray.scripts.scripts import main
-main()
-"""
-"""Ray as it is without its extra for dashboards: agents that begin in a fraction of the time."""
-LOST_AFTER = {"initial_delay_ms": 2000, "period_ms": 1000, "timeout_ms": 2000, "failure_threshold": 5}
-"""A node that does not answer is given up after some ten seconds; Ray's own is half a minute."""
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
-
-
-def is_listening(port: int) -> bool:
-    try:
-        socket.create_connection(("127.0.0.1", port), timeout=5).close()
-    except OSError:
-        return False
-    return True
-
-
-class Service:
-    """A child process with all that it has started, and what it said."""
-
-    def __init__(self, command: list[str], log: Path, environment: dict[str, str], cwd: Path) -> None:
-        self.log = log
-        with log.open("a") as stream:
-            self.process = subprocess.Popen(
-                command, env=environment, cwd=cwd, stdout=stream, stderr=stream, start_new_session=True
-            )
-        self._root = psutil.Process(self.process.pid)
-        self._known: set[psutil.Process] = {self._root}
-
-    @property
-    def is_dead(self) -> bool:
-        return self.process.poll() is not None
-
-    def family(self) -> list[psutil.Process]:
-        """The process and its descendants, those included that lost their parent meanwhile."""
-        known = {one.pid: one for one in self._known if one.is_running()}
-        everyone = sorted(psutil.process_iter(["ppid", "create_time"]), key=lambda one: one.info["create_time"] or 0)
-        for one in everyone:  # parents before their children
-            if one.info["ppid"] in known:
-                known.setdefault(one.pid, one)
-        self._known = set(known.values())
-        return [one for one in known.values() if _state(one) != psutil.STATUS_ZOMBIE]
-
-    def named(self, word: str) -> list[psutil.Process]:
-        found = []
-        for one in self.family():
-            with contextlib.suppress(psutil.NoSuchProcess):
-                if word in " ".join(one.cmdline()[:2]):
-                    found.append(one)
-        return sorted(found, key=lambda one: one.pid)
-
-    def kill(self) -> None:
-        """With SIGKILL, all of it; what was stopped, too."""
-        family = self.family()
-        for one in family:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                one.kill()
-        self.process.wait()
-        psutil.wait_procs(family, timeout=10)
-
-
-def _state(one: psutil.Process) -> str:
-    try:
-        return str(one.status())
-    except psutil.NoSuchProcess:
-        return str(psutil.STATUS_ZOMBIE)
-
-
-def _is_begun(node: Service) -> bool:
-    return "Ray runtime started" in node.log.read_text()
-
-
-@dataclass(frozen=True)
-class Rank:
-    """A rank at work: its process holds the log of its attempt open."""
-
-    process: psutil.Process
-    number: int
-    attempt_dir: Path
-    node: Service
-
-    @property
-    def token(self) -> str:
-        return self.attempt_dir.name.partition("-")[2]
 
 
 class World:
@@ -159,20 +68,12 @@ class World:
 
     # -- starting -------------------------------------------------------------------------------------------------
 
-    def _environment(self, **more: str) -> dict[str, str]:
-        kept = {name: text for name, text in os.environ.items() if not name.startswith(("RAY_", "MLFLOW_"))}
-        kept = {name: text for name, text in kept.items() if name == "GATESWEEP_KEY_FILE" or "GATESWEEP" not in name}
-        health = {f"RAY_health_check_{name}": str(value) for name, value in LOST_AFTER.items()}
-        patient = {"RAY_agent_register_timeout_ms": "300000", "RAY_worker_register_timeout_seconds": "300"}
-        patient |= {"RAY_raylet_start_wait_time_s": "300", "RAY_worker_niceness": "0"}  # Ray's own is 15
-        secret = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.folder / "token")}
-        own = {"PYTHONPATH": f"{TREE}", "OMP_NUM_THREADS": "1", "RAY_prestart_worker_first_driver": "0"}
-        return {**kept, **health, **patient, **secret, **own, **more}
-
     def _service(self, name: str, command: list[str], **environment: str) -> Service:
         self._num_services += 1
         log = self.folder / f"{name}-{self._num_services}.log"
-        return Service([sys.executable, *command], log, self._environment(**environment), self.folder)
+        return Service(
+            [sys.executable, *command], log, ray_environment(self.folder / "token", **environment), self.folder
+        )
 
     def _start_cluster(self) -> None:
         self.head = self._until_begun(self._start_head)
@@ -184,7 +85,7 @@ class World:
         """On a busy machine Ray gives up: its agents have 15 s to begin, which nothing changes."""
         for _ in range(STARTS):
             node = start()
-            wait_for(lambda node=node: _is_begun(node) or node.is_dead, "Ray to start")
+            wait_for(lambda node=node: is_begun(node) or node.is_dead, "Ray to start")
             if not node.is_dead:
                 return node
             node.kill()
@@ -252,7 +153,7 @@ class World:
         return self.controller is not None and self.controller.process.poll() == 0
 
     def is_whole(self) -> bool:
-        return all(_is_begun(one) and not one.is_dead for one in (self.head, *self.nodes))
+        return all(is_begun(one) and not one.is_dead for one in (self.head, *self.nodes))
 
     def tend(self) -> None:
         """Start again what has died. A controller that gave up by itself is a defect, unless Ray's head was gone."""
@@ -274,21 +175,13 @@ class World:
         """Two that begin at once on one host would take each other's sockets."""
         for place, node in enumerate(self.nodes):
             others = [self.head, *(one for one in self.nodes if one is not node)]
-            if node.is_dead and not self.head.is_dead and all(_is_begun(one) or one.is_dead for one in others):
+            if node.is_dead and not self.head.is_dead and all(is_begun(one) or one.is_dead for one in others):
                 node.kill()
                 self.nodes[place] = self._start_node()
 
     def ranks(self) -> list[Rank]:
         """Those that are at an attempt of the sweep, in a lasting order."""
-        found = []
-        for node in self.nodes:
-            for process in node.named("ray::_Rank"):
-                with contextlib.suppress(psutil.Error):
-                    for path in (Path(one.path) for one in process.open_files()):
-                        if path.name.startswith("log-rank") and self.run.home in path.parents:
-                            found.append(Rank(process, int(path.stem[len("log-rank") :]), path.parent, node))
-        working = [one for one in found if run_dir.read_summary(one.attempt_dir) is None]
-        return sorted(working, key=lambda one: (str(one.attempt_dir), one.number))
+        return ranks_of(self.nodes, self.run.home)
 
     def told(self) -> str:
         """The last that the controller said."""
