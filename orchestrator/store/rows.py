@@ -81,7 +81,8 @@ class SweepRow:
     """A sweep. ``arms`` are the current ones in file order; ``settings`` is the resolved sweep as last submitted.
 
     ``verdict`` is what the first submission declared about verdicts, and ``looks_taken``: the seeds of earlier
-    submissions with which one could be read.
+    submissions with which one could be read. What was decided while it ran is there, too: ``chosen``, ``grown``,
+    ``allocated``, ``gated``.
     """
 
     id: int
