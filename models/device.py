@@ -67,6 +67,8 @@ def prepare(device: str, local_rank: int = 0) -> None:
         return
     torch.cuda.current_device = lambda: "cpu"  # type: ignore[assignment, return-value]
     torch.cuda.synchronize = lambda *_: None
+    # Asked for from 0.19 on where gradients are reduced, to wait for graphs, of which there are none.
+    torch.cuda.current_stream = lambda *_: None  # type: ignore[assignment]
     from megatron.core.tensor_parallel import random as megatron_random
 
     # Dropout is 0 in every model here, so nothing draws inside a fork; the CUDA state it saves does not exist.
@@ -100,7 +102,9 @@ def _shorten() -> None:
     name = "setup_embeddings_and_output_layer"
     setattr(LanguageModule, name, _within(_as_on, getattr(LanguageModule, name)))
     fused_softmax.get_default_causal_mask = _within(_as_on, fused_softmax.get_default_causal_mask)
-    router.save_to_aux_losses_tracker = _within(_as_on, router.save_to_aux_losses_tracker)
+    name = "save_to_aux_losses_tracker"  # its successor in later versions asks for the loss's own device
+    if hasattr(router, name):
+        setattr(router, name, _within(_as_on, getattr(router, name)))
 
 
 def _within(context: Callable[[], contextlib.AbstractContextManager[None]], function: Callable[..., Any]) -> Any:

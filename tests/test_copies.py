@@ -13,11 +13,14 @@ from uuid import uuid4
 
 import pytest
 from fake_gangs import FakeCluster, bench, plan  # noqa: F401
+from rich.console import Console
 from small_trials import corpus_trial, new_attempt
 from store_runs import Run
+from sweep_runs import plan_of
 from typer.testing import CliRunner
 
 from models import run_dir, trust
+from models.config import TrialConfig
 from orchestrator.cli.app import app
 from orchestrator.cli.home import Home
 from orchestrator.copies import Copier, CopyError, Place, copy_checkpoint, fetch, noted_url
@@ -94,9 +97,9 @@ class Trial:
         return self.folder.name
 
 
-def make_trial(home: Path, seed: int = 1, step: int = 4) -> Trial:
+def make_trial(home: Path, seed: int = 1, step: int = 4, config: TrialConfig | None = None) -> Trial:
     """A run dir with a signed checkpoint of plain files."""
-    trial = corpus_trial(Path("/nowhere/corpus.jsonl"), seed=seed)
+    trial = config or corpus_trial(Path("/nowhere/corpus.jsonl"), seed=seed)
     spec = new_attempt(home, trial)
     checkpoint = run_dir.checkpoint_path(spec.attempt_dir, step)
     (checkpoint / "more").mkdir(parents=True)
@@ -398,6 +401,33 @@ def test_fetch_looks_where_it_is_told_else_where_copies_go_else_where_the_trial_
     monkeypatch.delenv("GATESWEEP_COPIES")
     with pytest.raises(UserError, match="where from"):
         gatesweep("fetch", "zz")
+
+
+def test_a_run_copies_what_is_complete_says_what_is_left_and_the_next_one_copies_it(
+    at_home, place, tmp_path, monkeypatch
+):
+    at_home.mkdir()
+    sweep = plan_of(tmp_path)
+    with Store(Home.of().store_url) as store:
+        run = Run(store, sweep)
+        for trial in sweep.trials:
+            make_trial(at_home, config=trial.config)
+            run.complete(trial.fingerprint, 2.5)
+        store.release_lease(run.lease)
+    monkeypatch.setattr("orchestrator.cli.run.catch_up", lambda *_: None)
+    monkeypatch.setattr("orchestrator.cli.app.console", Console(width=400))
+    monkeypatch.setenv("GATESWEEP_COPIES", str(tmp_path / "file" / "no-folder"))
+    (tmp_path / "file").write_text("in the way")
+    file = str(tmp_path / "tiny.yaml")
+    assert f"2 checkpoint(s) are not copied to {tmp_path}/file/no-folder; gatesweep status" in gatesweep("run", file)
+    with Store(Home.of().store_url) as store:
+        (event,) = store.events(kind="copies_down")
+    assert "no-folder" in event.message
+    monkeypatch.setenv("GATESWEEP_COPIES", place.url)
+    assert f"2 checkpoint(s) copied to {place.url}" in gatesweep("run", file)
+    assert "copied" not in gatesweep("run", file)
+    for trial in sweep.trials:
+        assert fetch(tmp_path / "other", trial.fingerprint, place).num_bytes > 0
 
 
 @pytest.fixture

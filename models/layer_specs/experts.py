@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -23,6 +24,7 @@ class DrawnExperts(SequentialMLP):  # type: ignore[misc]
         config: TransformerConfig,
         submodules: MLPSubmodules,
         pg_collection: ProcessGroupCollection | None = None,
+        **more: Any,
     ) -> None:
         assert pg_collection is not None
         rank, num_ranks = pg_collection.ep.rank(), pg_collection.ep.size()
@@ -33,11 +35,15 @@ class DrawnExperts(SequentialMLP):  # type: ignore[misc]
                 MLP(config, submodules, ffn_hidden_size=width, is_expert=True, tp_group=pg_collection.expt_tp)
 
         drop(rank * num_local_experts)
-        super().__init__(num_local_experts, config, submodules, pg_collection)
+        super().__init__(num_local_experts, config, submodules, pg_collection, **more)
         drop((num_ranks - 1 - rank) * num_local_experts)
 
 
-def with_drawn_experts(moe: Any) -> Any:
-    """The MoE layer's spec with DrawnExperts in it."""
-    experts = dataclasses.replace(moe.submodules.experts, module=DrawnExperts)
-    return dataclasses.replace(moe, submodules=dataclasses.replace(moe.submodules, experts=experts))
+def with_experts(moe: Any, kind: type) -> Any:
+    """The MoE layer's spec with experts of this class. Later versions of Megatron have partial calls for specs."""
+    if not isinstance(moe, functools.partial):
+        experts = dataclasses.replace(moe.submodules.experts, module=kind)
+        return dataclasses.replace(moe, submodules=dataclasses.replace(moe.submodules, experts=experts))
+    submodules = moe.keywords["submodules"]
+    drawn = functools.partial(kind, **submodules.experts.keywords)
+    return functools.partial(moe.func, **{**moe.keywords, "submodules": dataclasses.replace(submodules, experts=drawn)})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 from typing import Any
 
 import torch
@@ -27,11 +26,12 @@ class DrawnGroupedExperts(TEGroupedMLP):  # type: ignore[misc]
         config: TransformerConfig,
         submodules: MLPSubmodules,
         pg_collection: ProcessGroupCollection | None = None,
+        **more: Any,
     ) -> None:
         assert pg_collection is not None
         undrawn = copy.copy(config)
         undrawn.perform_initialization = False
-        super().__init__(num_local_experts, undrawn, submodules, pg_collection)
+        super().__init__(num_local_experts, undrawn, submodules, pg_collection, **more)
         self.config = config
         first = pg_collection.ep.rank() * num_local_experts
         for expert in range(pg_collection.ep.size() * num_local_experts):
@@ -63,9 +63,3 @@ class DrawnGroupedExperts(TEGroupedMLP):  # type: ignore[misc]
                 # Unmarked where Megatron hides the cut from Transformer Engine: norms and counts would miss a part.
                 skip_set_tensor_parallel_attributes=hasattr(weight, "tensor_model_parallel"),
             )
-
-
-def with_drawn_grouped_experts(moe: Any) -> Any:
-    """The MoE layer's spec with DrawnGroupedExperts in it."""
-    experts = dataclasses.replace(moe.submodules.experts, module=DrawnGroupedExperts)
-    return dataclasses.replace(moe, submodules=dataclasses.replace(moe.submodules, experts=experts))

@@ -12,7 +12,7 @@ from megatron.core.transformer import ModuleSpec
 from models.attention import GatedSelfAttention
 from models.config import GateConfig, ModelConfig
 from models.core_attention import SinkCoreAttention, TorchCoreAttention
-from models.layer_specs.experts import with_drawn_experts
+from models.layer_specs.experts import DrawnExperts, with_experts
 from models.norms import RMSNorm
 from models.residual import NormalisedAdd
 
@@ -44,7 +44,7 @@ def layer_spec(model: ModelConfig, gates: Sequence[GateConfig], *, sequence_para
         spec.submodules, self_attention=gated, input_layernorm=RMSNorm, pre_mlp_layernorm=RMSNorm
     )
     if model.moe is not None:
-        submodules = dataclasses.replace(submodules, mlp=with_drawn_experts(submodules.mlp))
+        submodules = dataclasses.replace(submodules, mlp=with_experts(submodules.mlp, DrawnExperts))
     if model.sandwich_norm:
         sizes = {"hidden_size": model.hidden_size, "epsilon": model.norm_epsilon}
         add = ModuleSpec(NormalisedAdd, {**sizes, "sequence_parallel": sequence_parallel})

@@ -18,7 +18,8 @@ from megatron.core.transformer import ModuleSpec
 
 from models.attention import GatedSelfAttention
 from models.config import FP8Config, GateConfig, ModelConfig
-from models.layer_specs.grouped_experts import with_drawn_grouped_experts
+from models.layer_specs.experts import with_experts
+from models.layer_specs.grouped_experts import DrawnGroupedExperts
 from models.layer_specs.local import attention_options
 from models.residual import NormalisedAdd
 
@@ -46,7 +47,7 @@ def layer_spec(
         names["input_layernorm."] = "self_attention.linear_qkv.layer_norm_"
     if model.moe is not None:
         names["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
-        outer["mlp"] = with_drawn_grouped_experts(spec.submodules.mlp)
+        outer["mlp"] = with_experts(spec.submodules.mlp, DrawnGroupedExperts)
     outer["self_attention"] = dataclasses.replace(
         attention,
         module=GatedSelfAttention,
