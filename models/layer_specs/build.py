@@ -13,7 +13,6 @@ from megatron.core import parallel_state
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import ModuleSpec, TransformerConfig
-from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
@@ -31,8 +30,7 @@ from models.swiglu import in_one_step
 def build_chunks(trial: TrialConfig, layout: Layout, device: str, backend: Taken = "local") -> list[GPTModel]:
     """This rank's parts of the model, a chunk a virtual pipeline stage, drawn from torch's current seed."""
     config = transformer_config(trial, layout, device, backend)
-    # Megatron sums router losses by layer in a process-wide table, which a warm gang's next model may not fit.
-    get_moe_layer_wise_logging_tracker().clear()
+    _forget_router_losses()
     layer, norm = _parts(trial, layout, backend)
     chunks: list[GPTModel] = []
     num_drawn = -1  # layers; -1: not even the embedding
@@ -47,6 +45,18 @@ def build_chunks(trial: TrialConfig, layout: Layout, device: str, backend: Taken
             in_one_step(chunk)
         chunks.append(chunk.to(device) if device == "cuda" else chunk)
     return chunks
+
+
+def _forget_router_losses() -> None:
+    """Megatron sums them by layer in a process-wide table, which a warm gang's next model may not fit."""
+    try:
+        from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
+    except ImportError:  # up to 0.16
+        from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
+
+        get_moe_layer_wise_logging_tracker().clear()
+    else:
+        destroy_moe_metrics_tracker()
 
 
 def _parts(trial: TrialConfig, layout: Layout, backend: Taken) -> tuple[ModuleSpec, type]:
