@@ -18,7 +18,7 @@ from models import run_dir
 from models.config import TrialConfig
 from models.run_dir import AttemptSpec
 from orchestrator.plan import Plan, decay_branches, trained_flops
-from orchestrator.report import plan_table, results
+from orchestrator.report import ladder, plan_table, results
 from orchestrator.report.figures import flops_text
 from orchestrator.store import TrialRow
 
@@ -353,3 +353,10 @@ def test_the_table_says_which_trials_began_in_which(bench: Bench, plan: Plan):
     (note,) = [one for one in tables[2560].footnotes if one.startswith("branched from a longer run")]
     assert f"g1 at LR 3e-3, seed 1, from {rows['g1/40'].fingerprint} at step 8" in note
     assert not [one for one in tables[10240].footnotes if one.startswith("branched")]
+
+
+def test_a_ladder_of_budgets_knows_which_losses_have_a_trunk_in_common(bench: Bench, plan: Plan):
+    bench.run(plan)
+    found = ladder(bench.store, "budgets", "tokens")
+    assert [rung.size for rung in found.rungs if rung.arm == "g1"] == [2560, 5120, 10240]
+    assert any("resampling whole trunks" in one for one in found.laws.problems)

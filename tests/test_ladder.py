@@ -17,8 +17,9 @@ from models.run_dir import Summary, ValidationRecord
 from orchestrator.plan import expand
 from orchestrator.report import LadderView, ladder, ladder_to_csv, ladder_to_json, write_report
 from orchestrator.report.ladder import Rung, rank_flips
-from orchestrator.scaling import RungLosses, fit_ladder
+from orchestrator.scaling import Estimate, RungLosses, fit_ladder
 from orchestrator.scaling.power_law import fit_many, log_losses
+from orchestrator.scaling.trunks import TrunkPool
 from orchestrator.store import Store
 from orchestrator.sweep import UserError, parse
 
@@ -102,6 +103,75 @@ def test_intervals_cover_the_truth(num_rungs: int):
         low, high = (None, None) if ratio is None else (ratio.low, ratio.high)
         hits["speed-up"] += (low is None or low <= TRUE_SPEED_UP) and (high is None or high >= TRUE_SPEED_UP)
     assert min(hits.values()) >= 24, hits
+
+
+def with_trunks(points: list[RungLosses], shared: bool = True) -> list[RungLosses]:
+    """Each seed of an arm one run over all rungs; or a run for each rung."""
+    return [
+        replace(one, trunks=tuple(f"{one.arm} {i}{'' if shared else one.size}" for i in range(len(one.losses_nats))))
+        for one in points
+    ]
+
+
+def budgets(num_rungs: int, seeds: int, seed: int, own: float = 0.5) -> list[RungLosses]:
+    """Branches of a trunk for each seed; ``own``: the share of a loss's SD that is not its trunk's."""
+    random = np.random.default_rng(seed)
+    found = []
+    for arm in AMPLITUDES:
+        common = random.standard_normal(seeds)
+        for size in map(float, np.geomspace(1e12, 3e15, num_rungs)):
+            noise = np.sqrt(1 - own**2) * common + own * random.standard_normal(seeds)
+            found.append(RungLosses(arm, size, tuple(law(arm, size) + NOISE * noise)))
+    return with_trunks(found)
+
+
+def test_runs_of_their_own_are_resampled_as_they_were_and_trunks_whole():
+    points = synthetic(5)
+    assert fit_ladder(with_trunks(points, shared=False), "baseline", 99) == fit_ladder(points, "baseline", 99)
+    # What moves all rungs of a trunk alike says little of how much they fall from one to the next.
+    alike = budgets(5, seeds=3, seed=1, own=0.0)
+    singly = fit_ladder([replace(one, trunks=()) for one in alike], "baseline", 99).laws[0]
+    whole = fit_ladder(alike, "baseline", 99)
+    assert any("intervals come from resampling whole trunks" in one for one in whole.problems)
+    assert width(whole.laws[0].exponent) < 0.5 * width(singly.exponent)
+
+
+def test_a_trunk_is_drawn_with_all_its_rungs():
+    of_arm = {arm: [one for one in budgets(4, seeds=3, seed=2, own=0.0) if one.arm == arm] for arm in AMPLITUDES}
+    pool = TrunkPool.of(of_arm)
+    assert pool is not None
+    assert pool.degrees == 4  # six trunks, less one for each arm
+    sets = pool.drawn(["arm"], of_arm, 999)
+    measured = np.array([one.losses_nats for one in of_arm["arm"]])
+    np.testing.assert_array_equal(sets[0], measured.ravel())
+    deviations = sets[1:].reshape(999, 4, 3) - measured.mean(axis=1)[:, None]
+    np.testing.assert_allclose(deviations, deviations[:, :1].repeat(4, axis=1), atol=1e-12)
+    assert deviations[:, 0, 0].std() == pytest.approx(deviations[:, 0, 1].std(), rel=0.1)
+    assert abs(np.corrcoef(deviations[:, 0, 0], deviations[:, 0, 1])[0, 1]) < 0.1
+
+
+def width(one: Estimate) -> float:
+    assert one.low is not None
+    assert one.high is not None
+    return one.high - one.low
+
+
+@pytest.mark.parametrize("seeds", [2, 3])
+def test_intervals_over_trunks_cover_the_truth(seeds: int):
+    """30 ladders, as above; the losses of a trunk are correlated by 0.75."""
+    hits = {"floor": 0, "exponent": 0, "speed-up": 0}
+    for seed in range(30):
+        found = fit_ladder(budgets(5, seeds, seed=300 + seed), "baseline", resamples=99)
+        one = found.laws[1]
+        hits["floor"] += covers(one.floor_nats, FLOOR)
+        hits["exponent"] += covers(one.exponent, EXPONENT)
+        ratio = found.speed_ups[0].ratio
+        hits["speed-up"] += ratio is None or covers(ratio, TRUE_SPEED_UP)
+    assert min(hits.values()) >= 24, hits
+
+
+def covers(one: Estimate, truth: float) -> bool:
+    return (one.low is None or one.low <= truth) and (one.high is None or truth <= one.high)
 
 
 def test_a_largest_rung_that_leaves_the_law_is_a_miss_of_many_sds():

@@ -17,7 +17,7 @@ from orchestrator.scaling import LAWS_VERSION, LadderLaws, RungLosses, fit_ladde
 from orchestrator.sweep import UserError
 
 if TYPE_CHECKING:
-    from orchestrator.store import Store
+    from orchestrator.store import Store, TrialRow
 
 Along = Literal["compute", "parameters", "tokens"]
 UNITS = {"compute": "training FLOPs", "parameters": "parameters", "tokens": "training tokens"}
@@ -79,8 +79,8 @@ def ladder(store: Store, sweep_name: str, along: Along = "compute") -> Ladder:
 def ladder_behind(store: Store, answer: Results, along: Along = "compute") -> Ladder:
     """The same of results that were read before."""
     _check_axes(answer)
-    configs = {row.fingerprint: row.config for row in store.trials(store.sweep(answer.sweep).id)}
-    tokens = {fingerprint: float(config.train.tokens) for fingerprint, config in configs.items()}
+    rows = store.trials(store.sweep(answer.sweep).id)
+    tokens = {row.fingerprint: float(row.config.train.tokens) for row in rows}
     found: dict[str, list[tuple[Rung, tuple[float, ...]]]] = {}
     for table in answer.tables:
         for row in table.rows:
@@ -91,7 +91,8 @@ def ladder_behind(store: Store, answer: Results, along: Along = "compute") -> La
         of_arm.sort(key=lambda one: (one[0].size, *one[1]))
         _check_order(answer.sweep, arm, along, of_arm)
     rungs = tuple(rung for of_arm in found.values() for rung, _ in of_arm)
-    points = [RungLosses(rung.arm, rung.size, rung.losses_nats) for rung in rungs]
+    trunks = _Trunks(rows)
+    points = [RungLosses(rung.arm, rung.size, rung.losses_nats, trunks.of(rung)) for rung in rungs]
     return Ladder(
         answer.sweep,
         answer.question,
@@ -102,6 +103,24 @@ def ladder_behind(store: Store, answer: Results, along: Along = "compute") -> La
         tuple(flip for of_arm in found.values() for flip in rank_flips([rung for rung, _ in of_arm])),
         tuple(dict.fromkeys(f"{row.arm} {row.gate}" for table in answer.tables for row in table.rows if row.gate)),
     )
+
+
+class _Trunks:
+    """Which losses of a ladder have a run in common: decay branches and their trunk, also where a branch was trained
+    from its beginning, as its numbers are the same."""
+
+    def __init__(self, rows: Sequence[TrialRow]) -> None:
+        from orchestrator.plan import decay_branches
+
+        self._seeds = {row.fingerprint: row.seed for row in rows}
+        self._trunks = {one: branch.trunk for one, branch in decay_branches(rows, {}, tail=0.0).items()}
+
+    def of(self, rung: Rung) -> tuple[str, ...]:
+        """Of each loss, which are in the order of seeds; none in a ladder without branches."""
+        if not self._trunks or len(rung.trials) != len(rung.losses_nats):
+            return ()
+        ordered = sorted(rung.trials, key=lambda one: self._seeds[one])
+        return tuple(self._trunks.get(one, one) for one in ordered)
 
 
 def _check_axes(answer: Results) -> None:

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from statistics import fmean, variance
 from typing import TYPE_CHECKING, Literal
 
+from orchestrator.scaling.trunks import TrunkPool
+
 if TYPE_CHECKING:
     from orchestrator.scaling.power_law import Array
 
@@ -41,6 +43,9 @@ class RungLosses:
     arm: str
     size: float
     losses_nats: tuple[float, ...]
+    trunks: tuple[str, ...] = ()
+    """The run that each trial is or began in, where any two have one in common: losses of one go up and down together.
+    Empty: each trial is a run of its own."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +124,8 @@ class _Fit:
 
     arms: tuple[str, ...]
     parameters: Array
-    degrees: int
+    degrees: float
+    """Infinite where the draws are widened already."""
 
     def of(self, arm: str) -> tuple[Array, Array, Array]:
         """E, A and alpha, each by data set."""
@@ -157,12 +163,17 @@ def fit_ladder(points: Sequence[RungLosses], baseline: str, resamples: int = RES
         problems.append("a rung with a single trial leaves nothing to resample: its arm's numbers have no interval")
     reference = math.exp(fmean(math.log(one.size) for of_arm in enough.values() for one in of_arm))
     groups = [(arm,) for arm in enough] if own else [tuple(enough)]
-    fits = {arm: fit for group in groups for fit in [_fit(group, enough, reference, resamples)] for arm in group}
+    pool = TrunkPool.of(enough)
+    if pool is not None:
+        problems.append(
+            "losses of one trunk are not independent: intervals come from resampling whole trunks of all arms"
+        )
+    fits = {arm: fit for group in groups for fit in [_fit(group, enough, reference, resamples, pool)] for arm in group}
     laws = tuple(_law(arm, fits[arm], enough[arm], reference) for arm in enough)
     problems += [f"{law.arm}: the exponent ran to the end of what is allowed" for law in laws if _at_an_end(law)]
     left_out: list[LeftOut] = []
     if min(map(len, enough.values())) > RUNGS_SHARED:
-        left_out = [one for group in groups for one in _leave_largest_out(group, enough, reference, resamples)]
+        left_out = [one for group in groups for one in _leave_largest_out(group, enough, reference, resamples, pool)]
     else:
         problems.append(f"no check against the largest rung: without it fewer than {RUNGS_SHARED} would be left")
     missed = {one.arm: one for one in left_out if one.is_beyond(NOTED_MISS)}
@@ -190,7 +201,13 @@ def _at_an_end(law: ScalingLaw) -> bool:
     return not EXPONENTS[0] * 1.01 < law.exponent.value < EXPONENTS[1] * 0.99
 
 
-def _fit(arms: tuple[str, ...], rungs: Mapping[str, Sequence[RungLosses]], reference: float, resamples: int) -> _Fit:
+def _fit(
+    arms: tuple[str, ...],
+    rungs: Mapping[str, Sequence[RungLosses]],
+    reference: float,
+    resamples: int,
+    trunks: TrunkPool | None,
+) -> _Fit:
     """Resampled unless some rung has one trial only."""
     import numpy as np
 
@@ -208,21 +225,24 @@ def _fit(arms: tuple[str, ...], rungs: Mapping[str, Sequence[RungLosses]], refer
         ]
     )
     columns = []
-    for _, one in cells:
+    for _, one in cells if trunks is None else ():
         losses, number = np.array(one.losses_nats), len(one.losses_nats)
         column = np.tile(losses, (1 + resamples * can_resample, 1))
         if can_resample:
             column[1:] = losses.mean() + random.choice(pool, size=(resamples, number))
         columns.append(column)
+    if trunks is not None:
+        columns = [trunks.drawn(arms, rungs, resamples * can_resample)]
     sizes = np.array([math.log(one.size / reference) for _, one in cells for _ in one.losses_nats])
     index_of = np.array([index for index, one in cells for _ in one.losses_nats])
     degrees = sum(len(one.losses_nats) - 1 for _, one in cells)
     squares = sum((math.log(loss / fmean(one.losses_nats))) ** 2 for _, one in cells for loss in one.losses_nats)
     delta = max(SMALLEST_DELTA, 1.345 * math.sqrt(squares / degrees)) if degrees else SMALLEST_DELTA
-    return _Fit(arms, fit_many(sizes, index_of, np.concatenate(columns, axis=1), delta), degrees)
+    parameters = fit_many(sizes, index_of, np.concatenate(columns, axis=1), delta)
+    return _Fit(arms, parameters, degrees if trunks is None else math.inf)
 
 
-def _estimate(values: Array, degrees: int) -> Estimate:
+def _estimate(values: Array, degrees: float) -> Estimate:
     import numpy as np
     from scipy.stats import norm, t
 
@@ -241,10 +261,14 @@ def _law(arm: str, fit: _Fit, rungs: Sequence[RungLosses], reference: float) -> 
 
 
 def _leave_largest_out(
-    arms: tuple[str, ...], rungs: Mapping[str, Sequence[RungLosses]], reference: float, resamples: int
+    arms: tuple[str, ...],
+    rungs: Mapping[str, Sequence[RungLosses]],
+    reference: float,
+    resamples: int,
+    trunks: TrunkPool | None,
 ) -> list[LeftOut]:
     """All the arms lose their largest rung at once: a shared floor that saw another arm's would know too much."""
-    fit = _fit(arms, {arm: rungs[arm][:-1] for arm in arms}, reference, resamples)
+    fit = _fit(arms, {arm: rungs[arm][:-1] for arm in arms}, reference, resamples, trunks)
     several = [one.losses_nats for arm in arms for one in rungs[arm] if len(one.losses_nats) > 1]
     degrees = sum(len(losses) - 1 for losses in several)
     pooled = sum((len(losses) - 1) * variance(losses) for losses in several) / degrees if degrees else 0.0
