@@ -51,6 +51,8 @@ bench: $(VENV)/installed-dev
 bench-store: $(VENV)/installed-dev
 	$(BIN)/python tests/bench/store_scale.py
 	$(BIN)/python tests/bench/store_scale.py --sweeps 1
+	$(BIN)/python tests/bench/store_scale.py --sweeps 1 --arms 100 --rates 100 --tables 1
+	$(BIN)/python tests/bench/store_scale.py --tables 100 --only-submit
 	for backend in sqlite postgresql; do $(BIN)/python -W ignore tests/bench/ingest.py --backend $$backend || exit 1; done
 
 # Turnaround of trials, beside Ray Tune's and Ray Train's.

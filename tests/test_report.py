@@ -55,7 +55,7 @@ def trial(arm="baseline", lr=4e-3, seed=1, loss=None, state=None, **changes):
         slice_bits_per_byte=None if loss is None else loss / math.log(2),
         tokens_per_second=None if loss is None else 5000.0 + seed,
     )
-    return replace(given, **changes)
+    return given._replace(**changes)
 
 
 def quickstart(seeds=(1, 2), shuffle=0):
@@ -74,7 +74,7 @@ def swap(trials, arm, lr, seed, **changes):
     """The same trials, one of them changed."""
     hit = [(t.arm, t.lr, t.seed) == (arm, lr, seed) for t in trials]
     assert sum(hit) == 1
-    return [replace(t, **changes) if is_it else t for t, is_it in zip(trials, hit, strict=True)]
+    return [t._replace(**changes) if is_it else t for t, is_it in zip(trials, hit, strict=True)]
 
 
 def failed(trials, arm, lr, seed, state="FAILED", **changes):
@@ -254,7 +254,7 @@ def test_a_lost_baseline_leaves_no_verdicts():
 
 
 def test_a_sweep_that_has_not_started_has_a_table_of_nothing():
-    waiting = [replace(t, state="WAITING", slice_loss_nats=None, tokens_per_second=None) for t in quickstart()]
+    waiting = [t._replace(state="WAITING", slice_loss_nats=None, tokens_per_second=None) for t in quickstart()]
     table = table_of(waiting)
     assert {row.decision for row in table.rows} == {"no result"}
     assert (table.noise_floor, note(table, "loss")) == (None, None)
@@ -303,7 +303,7 @@ def test_the_footnotes_name_noise_divergence_reuse_and_the_measure():
 
 
 def test_the_whole_split_counts_only_when_every_complete_trial_has_it():
-    whole = [replace(t, full_loss_nats=t.slice_loss_nats and t.slice_loss_nats + 1) for t in quickstart()]
+    whole = [t._replace(full_loss_nats=t.slice_loss_nats and t.slice_loss_nats + 1) for t in quickstart()]
     assert tabulate(heading(), whole).split == "full"
     assert row_of(whole, "baseline").loss_nats == pytest.approx(row_of(quickstart(), "baseline").loss_nats + 1)
     mixed = swap(whole, "baseline", 1e-3, 1, full_loss_nats=None)
@@ -343,7 +343,7 @@ def test_looks_are_said_and_one_too_many_marks_every_row():
 
 
 def test_the_tail_of_the_schedule_is_said_when_it_holds_more_than_one_validation():
-    averaged = [replace(one, num_tail_points=4) for one in quickstart()]
+    averaged = [one._replace(num_tail_points=4) for one in quickstart()]
     assert note(table_of(averaged), "loss") == (
         "loss: mean and SD over 2 seeds, 4 validations in the last 10 % of the schedule a trial, "
         "on the validation slice"
@@ -438,7 +438,7 @@ def test_no_width_cuts_a_number(width):
 
 
 def test_names_are_never_read_as_markup():
-    trials = [replace(t, arm="[red]gated[/red]") if t.arm == "g1-headwise" else t for t in quickstart()]
+    trials = [t._replace(arm="[red]gated[/red]") if t.arm == "g1-headwise" else t for t in quickstart()]
     names = tuple(dict.fromkeys(t.arm for t in trials))
     for width in (120, 60):
         assert "[red]gated[/red]" in to_text(tabulate(heading(arms=names), trials), width)
@@ -490,7 +490,7 @@ def test_json_gives_back_every_number_with_its_formula_and_its_trials():
 
 
 def test_json_and_csv_say_nothing_where_there_is_nothing():
-    answer = tabulate(heading(), [replace(t, state="WAITING", slice_loss_nats=None) for t in quickstart()])
+    answer = tabulate(heading(), [t._replace(state="WAITING", slice_loss_nats=None) for t in quickstart()])
     content = json.loads(to_json(answer))
     assert content["tables"][0]["rows"][0]["loss_nats"]["value"] is None
     assert content["tables"][0]["noise_floor"] == {}
@@ -504,7 +504,7 @@ def test_output_is_deterministic():
 
 
 def test_markdown_is_one_table_whose_cells_cannot_break_out():
-    trials = [replace(t, arm="a|b_*") if t.arm == "g1-headwise" else t for t in quickstart()]
+    trials = [t._replace(arm="a|b_*") if t.arm == "g1-headwise" else t for t in quickstart()]
     text = to_markdown(tabulate(heading(arms=tuple(dict.fromkeys(t.arm for t in trials))), trials))
     lines = [line for line in text.splitlines() if line.startswith("|")]
     assert len(lines) == 6
@@ -513,7 +513,7 @@ def test_markdown_is_one_table_whose_cells_cannot_break_out():
 
 
 def test_mixed_layouts_and_trials_that_changed_theirs_are_named():
-    trials = [replace(one, layouts=("data 2",)) for one in quickstart()]
+    trials = [one._replace(layouts=("data 2",)) for one in quickstart()]
     assert note(table_of(trials), "mixed layouts") is None
     trials = swap(trials, "g1-headwise", 4e-3, 1, layouts=("data 2", "one rank"))
     said = note(table_of(trials), "mixed layouts")

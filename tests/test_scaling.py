@@ -106,3 +106,13 @@ def test_a_trial_given_twice_and_a_foreign_arm_are_refused():
         best_learning_rate("a", cells({1e-3: {1: 2.0}}) * 2)
     with pytest.raises(ValueError, match="results of arm 'a' expected, got also b"):
         best_learning_rate("a", cells({1e-3: {1: 2.0}}, "b"))
+
+
+def test_the_chance_to_diverge_has_the_exact_interval() -> None:
+    from scipy.stats import binomtest
+
+    from orchestrator.scaling.proportion import clopper_pearson
+
+    for count, number in ((0, 3), (1, 3), (3, 3), (7, 40), (2, 1000)):
+        low, high = binomtest(count, number).proportion_ci(0.95, method="exact")
+        assert clopper_pearson(count, number) == pytest.approx((low, high), abs=1e-11)

@@ -4,14 +4,27 @@
 
 from __future__ import annotations
 
+import math
 from datetime import datetime
+from pathlib import Path
 
 from sqlalchemy import text
-from store_runs import STEPS, Run, a_plan, postgres_server, run, steps, store, store_url  # noqa: F401
+from store_runs import (  # noqa: F401
+    STEPS,
+    Run,
+    a_plan,
+    postgres_server,
+    run,
+    steps,
+    store,
+    store_url,
+    validation,
+)
 
 from models.config import Layout
 from orchestrator.plan import PlannedTrial
-from orchestrator.store import Store, engine, migrate
+from orchestrator.store import Outcome, Store, check_store, engine, migrate
+from orchestrator.sweep import VerdictConfig
 
 
 def test_an_outcome_says_what_the_trial_and_the_view_say(run: Run) -> None:
@@ -123,3 +136,90 @@ def _older_values(planned: PlannedTrial) -> dict[str, object]:
         "lr": planned.config.train.lr,
         "num_steps": planned.config.train.num_steps,
     }
+
+
+# What is kept of a trial that has ended
+
+
+def kept(run: Run) -> list[tuple[object, ...]]:
+    with run.store._engine.connect() as connection:
+        rows = connection.execute(text("SELECT fingerprint, tail, slice_points, slice_loss_nats FROM outcome"))
+        return sorted(tuple(row) for row in rows)
+
+
+def worked_out(run: Run, tail: float = 0.1) -> list[Outcome]:
+    """The outcomes of a store in which nothing is kept."""
+    with engine.writing(run.store._engine) as connection:
+        connection.execute(text("DELETE FROM outcome"))
+    return run.store.outcomes(run.sweep_id, tail)
+
+
+def test_what_is_kept_of_a_trial_is_what_its_records_say(run: Run) -> None:
+    resumed, other, late, _ = (planned.fingerprint for planned in run.plan.trials)
+    run.end(run.start(fingerprint=resumed), "WAITING")
+    attempt = run.store.start_attempt(run.lease, resumed, layout=Layout(), provenance={}, resume_step=10)
+    on_all = validation(STEPS, 2.25, "full")
+    run.store.record(run.lease, attempt, [validation(10, 9.0), validation(19, 3.0), validation(STEPS, 2.0), on_all])
+    run.end(attempt, "COMPLETE")
+    run.complete(other, math.nan)
+    run.complete(late, 2.5)
+    assert [row[:3] for row in kept(run)] == sorted(
+        (one, 0.1, 2 if one == resumed else 1) for one in (resumed, other, late)
+    )
+    told = run.store.outcomes(run.sweep_id, 0.1)
+    assert (told[0].slice_loss_nats, told[0].full_loss_nats, told[0].num_attempts) == (2.5, 2.25, 2)
+    assert told[1].slice_points == 1
+    assert told[1].slice_loss_nats is None
+    assert told == worked_out(run)
+
+
+def test_a_tail_that_no_sweep_declared_is_worked_out(run: Run) -> None:
+    run.complete(run.fingerprint, 2.5)
+    run.store.record(run.lease, run.store.attempts(run.fingerprint)[0], [validation(10, 4.5)])
+    assert run.outcome(tail=0.75).tails["slice"].loss_nats == 3.5
+    assert run.outcome().tails["slice"].loss_nats == 2.5
+
+
+def test_a_record_that_comes_after_the_end_counts(run: Run) -> None:
+    run.complete(run.fingerprint, 2.5)
+    before = kept(run)
+    run.store.record(run.lease, run.store.attempts(run.fingerprint)[0], [validation(19, 3.5)])
+    assert [row[2:] for row in before] == [(1, 2.5)]
+    assert [row[2:] for row in kept(run)] == [(2, 3.0)]
+    assert run.store.outcomes(run.sweep_id, 0.1) == worked_out(run)
+
+
+def test_another_sweeps_tail_is_kept_when_it_takes_the_trial(run: Run) -> None:
+    run.complete(run.fingerprint, 2.5)
+    wide = run.store.add(a_plan("wide", verdict=VerdictConfig(margin=0.01, tail=0.5))).sweep_id
+    assert [row[1] for row in kept(run)] == [0.1, 0.5]
+    second = run.plan.trials[1].fingerprint
+    run.complete(second, 2.0)  # both sweeps have it when it ends
+    assert [row[1] for row in kept(run) if row[0] == second] == [0.1, 0.5]
+    assert [one.slice_loss_nats for one in run.store.outcomes(wide, 0.5)] == [2.5, 2.0, None, None]
+
+
+def test_an_older_stores_complete_trials_are_kept_once_it_is_upgraded(run: Run) -> None:
+    run.complete(run.fingerprint, 2.5)
+    before = run.store.outcomes(run.sweep_id, 0.1)
+    with engine.writing(run.store._engine) as connection:
+        connection.execute(text("DELETE FROM outcome"))
+        migrate.keep_missing(connection, run.sweep_id)
+    assert [row[2:] for row in kept(run)] == [(1, 2.5)]
+    assert run.store.outcomes(run.sweep_id, 0.1) == before
+
+
+def test_a_kept_loss_that_is_not_that_of_the_records_is_found(run: Run, tmp_path: Path) -> None:
+    run.complete(run.fingerprint, 2.5)
+    url = run.store._engine.url.render_as_string(hide_password=False)
+
+    def problems() -> list[str]:
+        return [one.message for one in check_store(url, tmp_path) if one.level == "problem"]
+
+    assert problems() == []
+    with engine.writing(run.store._engine) as connection:
+        connection.execute(text("UPDATE outcome SET slice_loss_nats = 2.25, num_attempts = 2"))
+    assert problems() == [
+        "what is kept for tables is of COMPLETE trials with all their attempts: 1 do not",
+        "losses kept for tables are those of the validations: 1 do not",
+    ]

@@ -9,7 +9,7 @@ import traceback
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -31,12 +31,13 @@ from orchestrator.cli import (
 )
 from orchestrator.cli import imports as imports_verb
 from orchestrator.cli import results as results_verb
-from orchestrator.cli.fresh import refuse_stale
 from orchestrator.cli.home import Home, existing_store, has_store
 from orchestrator.copies import CopyError
-from orchestrator.plan import Plan, expand
 from orchestrator.store import Store, StoreOutage, standing_passages
 from orchestrator.sweep import UserError, check_extension, load
+
+if TYPE_CHECKING:
+    from orchestrator.plan import Plan
 
 FILE_WIDTH = 120
 
@@ -74,6 +75,8 @@ Overrides = Annotated[
 @app.command()
 def plan(file: File, overrides: Overrides = None) -> None:
     """Print every trial, its parameters and FLOPs, and the refusals. Starts nothing, writes nothing."""
+    from orchestrator.plan import expand
+
     planned = expand(load(file, overrides or ()), files_may_be_absent=True)
     known = _known(Home.of(), planned)
     states, standing = known.states, known.standing
@@ -119,6 +122,7 @@ def run(
 ) -> None:
     """Run a sweep here, in the foreground. Run again, it goes on where it stopped."""
     from orchestrator.cli.run import run_sweep  # Ray and Optuna: seconds that other verbs need not wait
+    from orchestrator.plan import expand
 
     added = [check_extension(one) for one in extend or ()]
     planned = expand(load(file, overrides or ()))
@@ -204,6 +208,8 @@ def _known(home: Home, planned: Plan) -> _Known:
     """No store is made for looking."""
     if not has_store(home):
         return _Known()
+    from orchestrator.cli.fresh import refuse_stale
+
     with Store(home.store_url) as store:
         name, fingerprints = planned.sweep.name, [trial.fingerprint for trial in planned.all_trials]
         ids = [row.id for row in store.sweeps() if row.name == name]

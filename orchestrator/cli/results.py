@@ -49,25 +49,35 @@ class LadderAlong(StrEnum):
 
 Renderers = Mapping[TableFormat, Callable[[Any], str | bytes]]
 
+# Loaded when one is asked for.
 _VERDICTS: Renderers = {
-    TableFormat.CSV: report.to_csv,
-    TableFormat.JSON: report.to_json,
-    TableFormat.PARQUET: report.to_parquet,
-    TableFormat.LATEX: report.to_latex,
-    TableFormat.MARKDOWN: report.to_markdown,
+    TableFormat.CSV: lambda found: report.to_csv(found),
+    TableFormat.JSON: lambda found: report.to_json(found),
+    TableFormat.PARQUET: lambda found: report.to_parquet(found),
+    TableFormat.LATEX: lambda found: report.to_latex(found),
+    TableFormat.MARKDOWN: lambda found: report.to_markdown(found),
 }
 _MECHANISM: Renderers = {
-    TableFormat.CSV: report.mechanism_to_csv,
-    TableFormat.JSON: report.mechanism_to_json,
-    TableFormat.MARKDOWN: report.mechanism_to_markdown,
+    TableFormat.CSV: lambda found: report.mechanism_to_csv(found),
+    TableFormat.JSON: lambda found: report.mechanism_to_json(found),
+    TableFormat.MARKDOWN: lambda found: report.mechanism_to_markdown(found),
 }
-_AGAINST: Renderers = {TableFormat.JSON: report.against_to_json, TableFormat.MARKDOWN: report.against_to_markdown}
+_AGAINST: Renderers = {
+    TableFormat.JSON: lambda found: report.against_to_json(found),
+    TableFormat.MARKDOWN: lambda found: report.against_to_markdown(found),
+}
 
-_LADDER: Renderers = {TableFormat.CSV: report.ladder_to_csv, TableFormat.JSON: report.ladder_to_json}
+_LADDER: Renderers = {
+    TableFormat.CSV: lambda found: report.ladder_to_csv(found),
+    TableFormat.JSON: lambda found: report.ladder_to_json(found),
+}
 
-_EQUAL: Renderers = {TableFormat.CSV: report.equal_to_csv, TableFormat.JSON: report.equal_to_json}
+_EQUAL: Renderers = {
+    TableFormat.CSV: lambda found: report.equal_to_csv(found),
+    TableFormat.JSON: lambda found: report.equal_to_json(found),
+}
 
-_EXPLANATION: Renderers = {TableFormat.JSON: report.explanation_to_json}
+_EXPLANATION: Renderers = {TableFormat.JSON: lambda found: report.explanation_to_json(found)}
 
 
 def register(app: typer.Typer, console: Console) -> None:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from operator import attrgetter, itemgetter
+from operator import attrgetter
 
 from orchestrator.report.branching import branched_note
 from orchestrator.report.contrasts import several_things
 from orchestrator.report.figures import lr_text, plural, states_text
 from orchestrator.report.look_words import looks_in_words
-from orchestrator.report.tree import STATES, UNFINISHED, ArmRow, Split, SweepHeading, TrialResult
+from orchestrator.report.tree import STATES, UNFINISHED, ArmRow, CellStates, Split, SweepHeading, TrialResult
 from orchestrator.scaling import Optimum
 from orchestrator.verdict import GATE_VERSION, Comparison, LookSequence, spent
 
 EXPLORATORY_MARK = "*"
-_CELL = attrgetter("lr", "arm")
+_CELL, _LAYOUTS, _BACKENDS = attrgetter("lr", "arm"), attrgetter("layouts"), attrgetter("backends")
 
 
 def footnotes(
@@ -25,11 +25,12 @@ def footnotes(
     trials: Sequence[TrialResult],
     comparison: Comparison,
     exploratory: Sequence[str],
+    states: Sequence[CellStates],
     pruned: str = "",
     sequence: LookSequence | None = None,
 ) -> tuple[str, ...]:
-    """In the order of their weight. ``trials`` are those of the table, ``exploratory`` the reasons for the mark,
-    ``pruned`` is about the whole sweep."""
+    """In the order of their weight. ``trials`` are those of the table, by arm, and ``states`` theirs by cell;
+    ``exploratory`` are the reasons for the mark, ``pruned`` is about the whole sweep."""
     notes = [
         _interval(heading, comparison),
         _look(heading, comparison) if sequence is None else looks_in_words(heading, sequence),
@@ -41,13 +42,13 @@ def footnotes(
         _exploratory(rows, exploratory),
         *_edges(rows),
         _optima(heading, rows),
-        _diverged(trials),
+        _diverged(states),
         _chance(rows),
         _pruned(rows, pruned),
         _gated(rows),
         _incomplete(rows, trials),
-        _holes(trials),
-        _unfinished(trials),
+        _holes(states),
+        _unfinished(states),
         branched_note(trials),
         _reused(trials),
         _shared_baseline(heading),
@@ -175,14 +176,12 @@ def _chance(rows: Sequence[ArmRow]) -> str:
     )
 
 
-def _diverged(trials: Sequence[TrialResult]) -> str:
-    diverged = Counter((trial.lr, trial.arm) for trial in trials if trial.state == "DIVERGED")
-    tried = Counter(map(_CELL, trials)) if diverged else Counter()
-    rates = sorted({lr for lr, _ in diverged})
+def _diverged(states: Sequence[CellStates]) -> str:
+    diverged = [cell for cell in states if "DIVERGED" in cell.counts]
     named = [
         f"at LR {lr_text(lr)} "
-        + ", ".join(f"{arm} {n} of {tried[rate, arm]}" for (rate, arm), n in diverged.items() if rate == lr)
-        for lr in rates
+        + ", ".join(f"{c.arm} {c.counts['DIVERGED']} of {sum(c.counts.values())}" for c in diverged if c.lr == lr)
+        for lr in sorted({cell.lr for cell in diverged})
     ]
     return f"diverged (a cell with a diverged seed has no mean): {'; '.join(named)}" if named else ""
 
@@ -212,18 +211,10 @@ def _incomplete(rows: Sequence[ArmRow], trials: Sequence[TrialResult]) -> str:
     return f"no rank, as cells are missing and perhaps not by chance: {'; '.join(named)}" if named else ""
 
 
-def _holes(trials: Sequence[TrialResult]) -> str:
+def _holes(states: Sequence[CellStates]) -> str:
     """Cells in which something failed or was canceled, with all their states: which axis it hangs on shows here."""
-    cells: dict[tuple[float, str], Counter[str]] = {
-        (trial.lr, trial.arm): Counter() for trial in trials if trial.state in ("FAILED", "CANCELED")
-    }
-    for trial in trials if cells else ():
-        if (cell := (trial.lr, trial.arm)) in cells:
-            cells[cell][trial.state] += 1
-    named = [
-        f"{arm} at LR {lr_text(lr)} {states_text({state: counts[state] for state in STATES if counts[state]})}"
-        for (lr, arm), counts in sorted(cells.items(), key=itemgetter(0))
-    ]
+    holes = [cell for cell in states if "FAILED" in cell.counts or "CANCELED" in cell.counts]
+    named = [f"{cell.arm} at LR {lr_text(cell.lr)} {states_text(cell.counts)}" for cell in sorted(holes, key=_CELL)]
     return f"cells with holes: {'; '.join(named)}" if named else ""
 
 
@@ -231,19 +222,23 @@ def _cause(trial: TrialResult) -> str:
     return trial.cause or "cause unknown"
 
 
-def _unfinished(trials: Sequence[TrialResult]) -> str:
-    counts = Counter(trial.state for trial in trials)
-    left = {state: counts[state] for state in STATES if state in UNFINISHED and counts[state]}
+def _unfinished(states: Sequence[CellStates]) -> str:
+    left: Counter[str] = Counter()
+    arms: dict[str, None] = {}
+    for cell in states:
+        of_cell = {state: number for state, number in cell.counts.items() if state in UNFINISHED}
+        left.update(of_cell)
+        arms |= dict.fromkeys([cell.arm] if of_cell else [])
     if not left:
         return ""
-    arms = ", ".join(dict.fromkeys(trial.arm for trial in trials if trial.state in UNFINISHED))
-    return f"unfinished: {states_text(left)}; no rank until they end, and the table may change: {arms}"
+    counted = states_text({state: left[state] for state in STATES if left[state]})
+    return f"unfinished: {counted}; no rank until they end, and the table may change: {', '.join(arms)}"
 
 
 def _reused(trials: Sequence[TrialResult]) -> str:
-    origins = Counter(trial.trained_in for trial in trials if trial.trained_in is not None)
+    origins = Counter([trial.trained_in for trial in trials if trial.trained_in is not None])
     named = ", ".join(f"{count} from {sweep}" for sweep, count in sorted(origins.items()))
-    drifts = Counter(change for trial in trials for change in trial.drift)
+    drifts = Counter([change for trial in trials if trial.drift for change in trial.drift])
     since = ", ".join(f"{change} ({count})" for change, count in drifts.items())
     # Without drift nothing is claimed: a sweep that trained none itself has nothing to compare with.
     drift = f"; not as they were (trials): {since}" if since else ""
@@ -273,9 +268,9 @@ def _reproduced(trials: Sequence[TrialResult]) -> str:
 
 def _layouts(trials: Sequence[TrialResult]) -> str:
     """Layouts agree to rounding, which training may amplify; a trial that changed its layout is named as such."""
-    taken = Counter((trial.arm, " then ".join(trial.layouts)) for trial in trials if trial.layouts)
-    if len({layout for _, layout in taken}) < 2:
+    if len({" then ".join(layouts) for layouts in set(map(_LAYOUTS, trials)) if layouts}) < 2:
         return ""
+    taken = Counter((trial.arm, " then ".join(trial.layouts)) for trial in trials if trial.layouts)
     resumed = sum(len(trial.layouts) > 1 for trial in trials)
     also = f" ({plural(resumed, 'trial')} resumed on another layout)" if resumed else ""
     named = "; ".join(f"{arm} {count} on {layout}" for (arm, layout), count in taken.items())
@@ -284,9 +279,9 @@ def _layouts(trials: Sequence[TrialResult]) -> str:
 
 def _backends(trials: Sequence[TrialResult]) -> str:
     """Different back ends agree to rounding, not to the last digit, and differ in speed."""
-    taken = Counter((trial.arm, " then ".join(trial.backends)) for trial in trials if trial.backends)
-    if len({backend for _, backend in taken}) < 2:
+    if len({" then ".join(backends) for backends in set(map(_BACKENDS, trials)) if backends}) < 2:
         return ""
+    taken = Counter((trial.arm, " then ".join(trial.backends)) for trial in trials if trial.backends)
     named = ", ".join(f"{arm} {count} {backend}" for (arm, backend), count in taken.items())
     return f"mixed back ends, so arms differ by rounding and in speed besides: {named}"
 
@@ -299,7 +294,7 @@ def _measure(heading: SweepHeading, split: Split, rows: Sequence[ArmRow], trials
     where = "whole validation split" if split == "full" else "validation slice"
     partly = split == "slice" and any(trial.full_loss_nats is not None for trial in trials)
     reason = ", as some complete trials were not measured on the whole split" if partly else ""
-    points = max(trial.num_tail_points for trial in trials)
+    points = max([trial.num_tail_points for trial in trials])
     averaged = (
         f", {points} validations in the last {100 * heading.tail:g} % of the schedule a trial" if points > 1 else ""
     )

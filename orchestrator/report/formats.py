@@ -82,7 +82,7 @@ def to_json(results: Results) -> str:
         "looks": [{**asdict(one), "at": one.at.isoformat()} for one in results.allotments],
         "gates": [{**asdict(one), "at": one.at.isoformat()} for one in results.passages],
         "imported": [asdict(one) for one in results.imported],
-        "trials": [asdict(trial) for trial in results.trials],
+        "trials": [trial._asdict() for trial in results.trials],
     }
     return json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
 

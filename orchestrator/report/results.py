@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ from orchestrator.sweep import ResourcesConfig, SearchedRates, VerdictConfig, lo
 from orchestrator.verdict import Design, Looks
 
 if TYPE_CHECKING:
-    from orchestrator.store import Outcome, Store, SweepRow
+    from orchestrator.store import Store, SweepRow
 
 
 def results(store: Store, sweep_name: str) -> Results:
@@ -173,67 +173,60 @@ def _axes(settings: Mapping[str, Any]) -> tuple[tuple[str, ...], frozenset[str]]
 
 
 def _trial_results(store: Store, sweep: SweepRow, tail: float) -> list[TrialResult]:
-    resources = ResourcesConfig.model_validate(sweep.settings.get("resources") or {})
-    peaks: dict[str, float | None] = {}
-    layouts: dict[int, str] = {}
+    """Column by column, since there may be 10^5 of them."""
+    given = store.outcome_columns(sweep.id, tail)
     stamps = {one.fingerprint: one.message.partition(":")[0] for one in store.events(kind=REPRODUCED)}
-    drifts = {one.fingerprint: one.drift for one in store.reused(sweep.id)}
+    in_state = zip(given["state"], given["tokens_per_second"], strict=True)
+    speeds = [speed if state == "COMPLETE" else None for state, speed in in_state]
+    work = zip(speeds, given["training_flops"], given["num_steps"], given["batch_tokens"], strict=True)
+    flops_per_second = [
+        None if speed is None else speed * (flops / (num_steps * batch_tokens))
+        for speed, flops, num_steps, batch_tokens in work
+    ]
+    trained_in = [None if name == sweep.name else name for name in given["trained_in"]]
+    drifts = {one.fingerprint: one.drift for one in store.reused(sweep.id)} if any(trained_in) else {}
+    done = zip(given["end_step"], given["num_steps"], strict=True)
+    columns: dict[str, Iterable[Any]] = {
+        **given,
+        "training_flops": map(int, given["training_flops"]),
+        "num_tail_points": [points or 0 for points in given["slice_points"]],
+        "tokens_per_second": speeds,
+        "layouts": _of_each(lambda layouts: tuple(map(layout_text, layouts)), given["layouts"]),
+        "flops_per_second": flops_per_second,
+        "utilisation": _utilisations(sweep, given, flops_per_second, trained_in),
+        "reproduced": map(stamps.get, given["fingerprint"]),
+        "drift": [drifts.get(fingerprint, ()) for fingerprint in given["fingerprint"]],
+        "trained_in": trained_in,
+        "share_done": [(end_step or 0) / num_steps for end_step, num_steps in done],
+    }
+    return list(map(TrialResult._make, zip(*(columns[name] for name in TrialResult._fields), strict=True)))
+
+
+def _utilisations(
+    sweep: SweepRow, given: Mapping[str, Sequence[Any]], flops: Sequence[float | None], trained_in: Sequence[str | None]
+) -> list[float | None]:
+    """What another sweep trained may have run on other devices."""
+    resources = ResourcesConfig.model_validate(sweep.settings.get("resources") or {})
+    ranks: dict[tuple[Any, ...], tuple[float | None, int]] = {}
     found = []
-    for outcome in store.outcomes(sweep.id, tail):
-        own = resources.of(outcome.arm, outcome.axes) if resources.by else resources
-        if outcome.precision not in peaks or resources.by:
-            peaks[outcome.precision] = own.rank_peak_flops(outcome.precision)
-        # What another sweep trained may have run on other devices.
-        trained_in = outcome.trained_in if outcome.trained_in != sweep.name else None
-        peak = peaks[outcome.precision] if trained_in is None else None
-        made = _trial_result(outcome, trained_in, peak, own.layout.world_size, layouts)
-        stamp, drift = stamps.get(made.fingerprint), drifts.get(made.fingerprint, ())
-        found.append(replace(made, reproduced=stamp, drift=drift) if stamp or drift else made)
+    for arm, axes, precision, speed, other in zip(
+        given["arm"], given["axes"], given["precision"], flops, trained_in, strict=True
+    ):
+        cell = (precision, arm, id(axes)) if resources.by else (precision,)
+        if cell not in ranks:
+            own = resources.of(arm, axes) if resources.by else resources
+            ranks[cell] = own.rank_peak_flops(precision), own.layout.world_size
+        found.append(None if other is not None else utilisation(speed, *ranks[cell]))
     return found
 
 
-def _layout(values: Mapping[str, Any], known: dict[int, str]) -> str:
-    """What differs from one rank, as the sweep file names it. ``known``: by the identity of shared values."""
-    if id(values) not in known:
-        known[id(values)] = layout_text(values)
-    return known[id(values)]
+def _of_each(function: Callable[[Any], Any], values: Sequence[Any]) -> list[Any]:
+    """``function`` of values that are shared, once for each of them."""
+    found = {key: function(value) for key, value in {id(value): value for value in values}.items()}
+    return [found[id(value)] for value in values]
 
 
 def layout_text(values: Mapping[str, Any]) -> str:
+    """What differs from one rank, as the sweep file names it."""
     set_fields = Layout.model_validate(values).model_dump(exclude_defaults=True)
     return ", ".join(f"{name} {value}" for name, value in set_fields.items()) or "one rank"
-
-
-def _trial_result(
-    outcome: Outcome, trained_in: str | None, peak: float | None, num_ranks: int, layouts: dict[int, str]
-) -> TrialResult:
-    on_slice, on_all = outcome.tails.get("slice"), outcome.tails.get("full")
-    tokens_per_second = outcome.tokens_per_second if outcome.state == "COMPLETE" else None
-    flops_per_token = outcome.training_flops / (outcome.num_steps * outcome.batch_tokens)
-    flops_per_second = None if tokens_per_second is None else tokens_per_second * flops_per_token
-    return TrialResult(
-        fingerprint=outcome.fingerprint,
-        arm=outcome.arm,
-        axes=outcome.axes,
-        lr=outcome.lr,
-        seed=outcome.seed,
-        state=outcome.state,
-        cause=outcome.cause,
-        reason=outcome.reason,
-        num_parameters=outcome.num_parameters,
-        training_flops=int(outcome.training_flops),
-        num_attempts=outcome.num_attempts,
-        slice_loss_nats=None if on_slice is None else on_slice.loss_nats,
-        slice_bits_per_byte=None if on_slice is None else on_slice.bits_per_byte,
-        full_loss_nats=None if on_all is None else on_all.loss_nats,
-        full_bits_per_byte=None if on_all is None else on_all.bits_per_byte,
-        num_tail_points=0 if on_slice is None else on_slice.num_points,
-        tokens_per_second=tokens_per_second,
-        layouts=tuple([_layout(values, layouts) for values in outcome.layouts]),
-        backends=outcome.backends,
-        flops_per_second=flops_per_second,
-        utilisation=utilisation(flops_per_second, peak, num_ranks),
-        trained_in=trained_in,
-        share_done=(outcome.end_step or 0) / outcome.num_steps,
-        branched=outcome.branched,
-    )

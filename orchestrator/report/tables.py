@@ -12,6 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import repeat
 from operator import attrgetter
 from statistics import fmean, median
 from typing import Any, TypeVar
@@ -47,13 +48,15 @@ R = TypeVar("R")
 def tabulate(heading: SweepHeading, trials: Sequence[TrialResult]) -> Results:
     """The verdict tables of a sweep whose trials stand as ``trials`` say, finished or not."""
     split = _split(trials)
-    groups: dict[str, list[TrialResult]] = {}
-    axes_of: dict[str, tuple[tuple[str, Any], ...]] = {}
-    place, cell = _of_axes(lambda axes: _place(heading, axes)), _of_axes(lambda axes: _cell(heading, axes))
+    places, cells = (
+        _of_axes(trials, lambda axes: _place(heading, axes)),
+        _of_axes(trials, lambda axes: _cell(heading, axes)),
+    )
+    axes_of = dict(places.values())
+    groups: dict[str, list[TrialResult]] = {key: [] for key in axes_of}
+    of_axes = {key: groups[place] for key, (place, _) in places.items()}
     for trial in trials:
-        key, axes = place(trial)
-        axes_of[key] = axes
-        groups.setdefault(key, []).append(trial)
+        of_axes[id(trial.axes)].append(trial)
     pruning = audit(heading, split, trials)
     pruned = "" if pruning is None else audit_in_words(pruning)
     ordered = sorted(groups, key=lambda key: [_sort_key(value) for _, value in axes_of[key]])
@@ -67,7 +70,7 @@ def tabulate(heading: SweepHeading, trials: Sequence[TrialResult]) -> Results:
         tail=heading.tail,
         split=split,
         counts=_counts(trials),
-        tables=tuple(_table(heading, split, axes_of[key], groups[key], cell, pruned) for key in ordered),
+        tables=tuple(_table(heading, split, axes_of[key], groups[key], cells, pruned) for key in ordered),
         pruning=pruning,
         trials=tuple(trials),
         allotments=heading.allotments,
@@ -77,21 +80,13 @@ def tabulate(heading: SweepHeading, trials: Sequence[TrialResult]) -> Results:
 
 def _split(trials: Sequence[TrialResult]) -> Split:
     """The whole split only if every complete trial was measured on it: the two losses are never mixed."""
-    complete = [trial for trial in trials if trial.state == "COMPLETE"]
-    return "full" if complete and all(trial.full_loss_nats is not None for trial in complete) else "slice"
+    on_all = [trial.full_loss_nats for trial in trials if trial.state == "COMPLETE"]
+    return "full" if on_all and None not in on_all else "slice"
 
 
-def _of_axes(function: Callable[[Mapping[str, Any]], R]) -> Callable[[TrialResult], R]:
-    """``function`` of a trial's axes, done once for the trials that share them: 10^5 of them have a few hundred."""
-    known: dict[int, tuple[Mapping[str, Any], R]] = {}
-
-    def of(trial: TrialResult) -> R:
-        found = known.get(id(trial.axes))
-        if found is None:  # kept beside its answer, so that no other axes come to its id
-            found = known[id(trial.axes)] = (trial.axes, function(trial.axes))
-        return found[1]
-
-    return of
+def _of_axes(trials: Sequence[TrialResult], function: Callable[[Mapping[str, Any]], R]) -> dict[int, R]:
+    """``function`` of trials' axes, by their identity: 10^5 trials share a few hundred."""
+    return {key: function(axes) for key, axes in {id(trial.axes): trial.axes for trial in trials}.items()}
 
 
 def _place(heading: SweepHeading, axes: Mapping[str, Any]) -> tuple[str, tuple[tuple[str, Any], ...]]:
@@ -153,18 +148,20 @@ def _table(
     split: Split,
     axes: tuple[tuple[str, Any], ...],
     trials: Sequence[TrialResult],
-    cell: Callable[[TrialResult], str],
+    cell_of: Mapping[int, str],
     pruned: str,
 ) -> VerdictTable:
     others = dict.fromkeys([*heading.arms, *(trial.arm for trial in trials)])
     names = [heading.baseline, *(name for name in others if name != heading.baseline)]
-    places, fresh = {name: place for place, name in enumerate(names)}, heading.fresh_seeds
-    trials = sorted(trials, key=lambda trial: (places[trial.arm], trial.lr, trial.seed))
     of_arm: dict[str, list[TrialResult]] = {name: [] for name in names}
     for trial in trials:
         of_arm[trial.arm].append(trial)
-    cells = {cell(trial) for trial in trials if trial.seed not in fresh}
-    arms = [_gated(_arm(name, heading, split, of_arm[name], cells, cell), heading, axes) for name in names]
+    for of_one in of_arm.values():
+        of_one.sort(key=_LR_AND_SEED)
+    trials = [trial for of_one in of_arm.values() for trial in of_one]
+    fresh = heading.fresh_seeds
+    cells = {cell_of[key] for key in {id(trial.axes) for trial in trials if trial.seed not in fresh}}
+    arms = [_gated(_arm(name, heading, split, of_arm[name], cells, cell_of), heading, axes) for name in names]
     sequence = None if heading.look_seeds is None else _sequence(heading, split, arms)
     if sequence is None:
         comparison = compare(
@@ -190,6 +187,7 @@ def _table(
             for arm, judged in zip(arms, comparison.verdicts, strict=True)
         ]
     )
+    states = _cell_states(trials)
     return VerdictTable(
         axes=axes,
         rows=rows,
@@ -199,8 +197,8 @@ def _table(
         method=comparison.method,
         variances_p=comparison.variances_p,
         trials_compared=_compared(rows),
-        states=_cell_states(trials),
-        footnotes=footnotes(heading, split, rows, trials, comparison, reasons, pruned, sequence),
+        states=states,
+        footnotes=footnotes(heading, split, rows, trials, comparison, reasons, states, pruned, sequence),
     )
 
 
@@ -251,7 +249,9 @@ def _cell_states(trials: Sequence[TrialResult]) -> tuple[CellStates, ...]:
     return tuple(CellStates(arm, lr, _in_order(counts)) for (arm, lr), counts in cells.items())
 
 
-_STATE, _CELL_STATE = attrgetter("state"), attrgetter("arm", "lr", "state")
+_LR, _SEED, _STATE, _FINGERPRINT = map(attrgetter, ("lr", "seed", "state", "fingerprint"))
+_LR_AND_SEED, _CELL_STATE = attrgetter("lr", "seed"), attrgetter("arm", "lr", "state")
+_ON_ALL, _ON_SLICE = attrgetter("full_loss_nats"), attrgetter("slice_loss_nats")
 
 LR_REASON = (
     "the best learning rates were chosen on the seeds that the verdict uses, so losses look lower than they are "
@@ -271,19 +271,21 @@ def _arm(
     split: Split,
     trials: list[TrialResult],
     cells: set[str],
-    cell: Callable[[TrialResult], str],
+    cell_of: Mapping[int, str],
 ) -> _Arm:
     extra = heading.extra_baseline_seeds if name == heading.baseline else ()
     confirm = (*heading.confirm_seeds, *extra) if heading.confirm_seeds else ()
     fresh = heading.fresh_seeds
-    choosing = [trial for trial in trials if trial.seed not in fresh]
-    results = [CellResult(name, trial.lr, trial.seed, trial.state, _loss(trial, split)) for trial in choosing]
+    choosing = [trial for trial in trials if trial.seed not in fresh] if fresh else trials
+    losses_of = map(_ON_ALL if split == "full" else _ON_SLICE, choosing)
+    facts = (repeat(name), map(_LR, choosing), map(_SEED, choosing), map(_STATE, choosing), losses_of)
+    results = list(map(CellResult._make, zip(*facts, strict=False)))
     expected = heading.seeds
     if expected is not None and not confirm:
         expected = (*expected, *extra)
     learning_rate = best_learning_rate(name, results, expected)
-    seeds = set(expected or ()) | {trial.seed for trial in choosing}
-    present = {(cell(trial), trial.seed) for trial in choosing}
+    seeds = set(expected or ()).union(map(_SEED, choosing))
+    present = {(cell_of[id(trial.axes)], trial.seed) for trial in choosing}
     best_lr = None if learning_rate.best is None else learning_rate.best.lr
     losses = () if learning_rate.best is None else learning_rate.best.losses_nats
     at_best = [trial for trial in choosing if trial.lr == best_lr]
@@ -310,7 +312,7 @@ def _num_missing(heading: SweepHeading, cells: set[str], seeds: set[int], presen
     """Of a search, whose rates are each arm's own, by number."""
     if heading.searched_rates is not None:
         return max(0, heading.searched_rates * len(seeds) - len(present))
-    return len(cells) * len(seeds) - sum(cell in cells and seed in seeds for cell, seed in present)
+    return len(cells) * len(seeds) - sum([cell in cells and seed in seeds for cell, seed in present])
 
 
 def _loss(trial: TrialResult, split: Split) -> float | None:
@@ -376,9 +378,9 @@ def _row(arm: _Arm, judged: Verdict, split: Split, exploratory: bool) -> ArmRow:
         diverged_lr_num_seeds=0 if diverged is None else diverged.num_seeds,
         diverged_lr_low=None if chance is None else chance[0],
         diverged_lr_high=None if chance is None else chance[1],
-        trials=tuple(trial.fingerprint for trial in arm.trials),
+        trials=tuple(map(_FINGERPRINT, arm.trials)),
         trials_best=tuple(trial.fingerprint for trial in arm.at_best),
-        trials_complete=tuple(trial.fingerprint for trial in complete),
+        trials_complete=tuple(map(_FINGERPRINT, complete)),
         points=rate.points,
         gate=arm.gate,
     )

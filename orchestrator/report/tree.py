@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from orchestrator.scaling import Edge, LearningRatePoint, Optimum, PruningAudit
 from orchestrator.store import Allotment, GatePassage, RankDecision
@@ -80,9 +80,11 @@ class SweepHeading:
         return frozenset((*self.confirm_seeds, *self.extra_baseline_seeds, *later))
 
 
-@dataclass(frozen=True)
-class TrialResult:
-    """One trial as the store knows it. Only complete ones have losses: means over the tail of the schedule."""
+class TrialResult(NamedTuple):
+    """One trial as the store knows it. Only complete ones have losses: means over the tail of the schedule.
+
+    A tuple, since there may be 10^5 of them.
+    """
 
     fingerprint: str
     arm: str

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from orchestrator.scaling.halving import group_key
+from orchestrator.scaling.proportion import clopper_pearson
 from orchestrator.store import RankDecision
 
 AUDIT_VERSION = "false-prune-1"
@@ -83,7 +84,7 @@ def audit_pruning(decisions: Sequence[RankDecision], trials: Sequence[EndedTrial
             continue
         num_audited += 1
         num_false += ends[group, lr] < min(kept)
-    low, high = _clopper_pearson(num_false, num_audited)
+    low, high = clopper_pearson(num_false, num_audited) if num_audited else (None, None)
     return PruningAudit(
         num_cells=len(cells),
         fractions=tuple(sorted({one.fraction for one in decisions})),
@@ -103,13 +104,3 @@ def _mean(trials: Sequence[EndedTrial]) -> float | None:
     """Of a cell all of whose trials are complete."""
     losses = [t.loss_nats for t in trials if t.state == "COMPLETE" and t.loss_nats is not None]
     return fmean(losses) if len(losses) == len(trials) and all(map(math.isfinite, losses)) else None
-
-
-def _clopper_pearson(count: int, number: int) -> tuple[float | None, float | None]:
-    """Biometrika 26, 1934."""
-    if not number:
-        return None, None
-    from scipy.stats import binomtest
-
-    interval = binomtest(count, number).proportion_ci(0.95, method="exact")
-    return float(interval.low), float(interval.high)

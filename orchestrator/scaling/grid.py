@@ -12,17 +12,21 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from statistics import fmean, stdev
-from typing import Literal
+from typing import Literal, NamedTuple
+
+from orchestrator.scaling.proportion import clopper_pearson
 
 FORMULA_VERSION = "best-of-grid-1"
 """Best of the grid by mean final loss over seeds; raised whenever a change alters an answer."""
 
 Edge = Literal["lowest", "highest"]
 
+_TRIAL, _SEED, _STATE = attrgetter("lr", "seed"), attrgetter("seed"), attrgetter("state")
 
-@dataclass(frozen=True)
-class CellResult:
+
+class CellResult(NamedTuple):
     """One trial as the choice of a learning rate sees it. ``loss_nats`` is its final validation loss, if any."""
 
     arm: str
@@ -70,13 +74,7 @@ class BestLearningRate:
         """95 % interval of Clopper and Pearson (Biometrika 26, 1934) for the chance that a seed diverges at
         ``smallest_diverged``, of the seeds that ended there."""
         point = self.smallest_diverged
-        if point is None:
-            return None
-        from scipy.stats import binomtest
-
-        ended = point.num_complete + point.num_diverged
-        interval = binomtest(point.num_diverged, ended).proportion_ci(0.95, method="exact")
-        return float(interval.low), float(interval.high)
+        return None if point is None else clopper_pearson(point.num_diverged, point.num_complete + point.num_diverged)
 
     @property
     def num_finite(self) -> int:
@@ -111,27 +109,30 @@ def _refuse_duplicates(arm: str, results: Sequence[CellResult]) -> None:
     foreign = {result.arm for result in results} - {arm}
     if foreign:
         raise ValueError(f"results of arm {arm!r} expected, got also {', '.join(sorted(foreign))}")
-    for (lr, seed), count in Counter((result.lr, result.seed) for result in results).items():
+    if len(set(map(_TRIAL, results))) == len(results):
+        return
+    for (lr, seed), count in Counter(map(_TRIAL, results)).items():
         if count > 1:
             raise ValueError(f"arm {arm!r}: learning rate {lr:g}, seed {seed} was given {count} times, not once")
 
 
 def _point(lr: float, cell: Sequence[CellResult], expected: set[int]) -> LearningRatePoint:
-    by_seed = sorted(cell, key=lambda result: result.seed)
     losses = tuple(
-        result.loss_nats
-        for result in by_seed
-        if result.state == "COMPLETE" and result.loss_nats is not None and math.isfinite(result.loss_nats)
+        [
+            loss
+            for _, _, _, state, loss in sorted(cell, key=_SEED)
+            if state == "COMPLETE" and loss is not None and math.isfinite(loss)
+        ]
     )
-    num_seeds = len(expected | {result.seed for result in cell})
+    num_seeds, states = len(expected.union(map(_SEED, cell))), Counter(map(_STATE, cell))
     whole = bool(losses) and len(losses) == num_seeds
     return LearningRatePoint(
         lr=lr,
         num_seeds=num_seeds,
-        num_complete=sum(result.state == "COMPLETE" for result in cell),
-        num_diverged=sum(result.state == "DIVERGED" for result in cell),
-        num_open=sum(result.state in ("WAITING", "RUNNING") for result in cell),
-        num_pruned=sum(result.state == "PRUNED" for result in cell),
+        num_complete=states["COMPLETE"],
+        num_diverged=states["DIVERGED"],
+        num_open=states["WAITING"] + states["RUNNING"],
+        num_pruned=states["PRUNED"],
         losses_nats=losses,
         mean_loss_nats=fmean(losses) if whole else None,
         sd_loss_nats=stdev(losses) if whole and len(losses) > 1 else None,

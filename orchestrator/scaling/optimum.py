@@ -119,11 +119,11 @@ def _fieller(b: float, c: float, covariance: object, degrees: int, alpha: float)
     Where the curvature itself does not differ from 0, the set has no upper or no lower end, or is everything.
     """
     import numpy as np
-    from scipy.stats import t
+    from scipy.special import stdtrit
 
     if not degrees:
         return None, None
-    v = np.asarray(covariance) * float(t.isf(alpha / 2, degrees)) ** 2
+    v = np.asarray(covariance) * float(stdtrit(degrees, alpha / 2)) ** 2
     square = 4 * (c * c - float(v[2, 2]))
     if square <= 0.0:
         return None, None

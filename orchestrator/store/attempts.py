@@ -15,8 +15,8 @@ from sqlalchemy import Connection, bindparam, func, insert, select, update
 
 from models.config import Layout
 from models.run_dir import DiagnosticRecord, Record, StepRecord, Summary, ValidationRecord
+from orchestrator.store import ended, schema, shared_steps
 from orchestrator.store import lease as leases
-from orchestrator.store import schema, shared_steps
 from orchestrator.store.layers import layer_rows
 from orchestrator.store.reader import attempt_row
 from orchestrator.store.rows import AttemptRow, FinishedIsFinal, Lease, TrialTaken
@@ -108,7 +108,9 @@ def record(connection: Connection, lease: Lease, batch: Sequence[tuple[AttemptRo
     steps = [_finite(item, of) for of, item in everything if isinstance(item, StepRecord)]
     validations = [_finite(item, of) for of, item in everything if isinstance(item, ValidationRecord)]
     insert_missing(connection, schema.step_metric, steps)
-    insert_missing(connection, schema.validation, validations)
+    if validations:
+        insert_missing(connection, schema.validation, validations)
+        ended.renew(connection, (attempt.fingerprint for attempt, _ in batch))
     probed = [(of, item) for of, item in everything if isinstance(item, DiagnosticRecord)]
     layers = [{"attempt_id": of, **row} for of, item in probed for row in layer_rows(item)]
     insert_missing(connection, schema.layer_diagnostic, layers)
@@ -161,6 +163,8 @@ def end(
     kept = None if state == schema.WAITING else step
     moved = {"state": state, "cause": cause, "reason": reason, "end_step": kept, "updated_at": now}
     connection.execute(_MOVE, {"of": attempt.fingerprint, **moved})
+    if state == schema.COMPLETE:
+        ended.keep(connection, attempt.fingerprint)
 
 
 def _closing(attempt: AttemptRow, summary: Summary | None, now: datetime) -> dict[str, Any]:

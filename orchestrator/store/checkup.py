@@ -43,6 +43,19 @@ _MUST_BE_NONE = {
     "COMPLETE, PRUNED and DIVERGED trials have been attempted": """
         SELECT COUNT(*) FROM trial t WHERE t.state IN ('COMPLETE', 'PRUNED', 'DIVERGED') AND NOT EXISTS (
             SELECT 1 FROM attempt a WHERE a.fingerprint = t.fingerprint)""",
+    "what is kept for tables is of COMPLETE trials with all their attempts": """
+        SELECT COUNT(*) FROM outcome o JOIN trial t ON t.fingerprint = o.fingerprint
+        WHERE t.state <> 'COMPLETE'
+           OR o.num_attempts <> (SELECT COUNT(*) FROM attempt a WHERE a.fingerprint = o.fingerprint)""",
+    "losses kept for tables are those of the validations": """
+        SELECT COUNT(*) FROM outcome o JOIN (
+            SELECT k.fingerprint, k.tail, COUNT(*) AS num, COUNT(v.loss_nats) AS known, AVG(v.loss_nats) AS mean
+            FROM outcome k JOIN curve_validation v
+                ON v.fingerprint = k.fingerprint AND v.split = 'slice' AND v.fraction > 1.0 - k.tail
+            GROUP BY k.fingerprint, k.tail
+        ) d ON d.fingerprint = o.fingerprint AND d.tail = o.tail
+        WHERE d.num <> COALESCE(o.slice_points, 0) OR (d.known < d.num) <> (o.slice_loss_nats IS NULL)
+           OR ABS(d.mean - o.slice_loss_nats) > 1e-9""",
 }
 """What holds in a sound store -> how many rows go against it."""
 

@@ -17,6 +17,7 @@ from models.run_dir import Record, Summary
 from orchestrator.store import (
     allotted,
     attempts,
+    ended,
     foreign_curves,
     orphans,
     outcomes,
@@ -204,6 +205,10 @@ class Store:
     def outcomes(self, sweep_id: int, tail: float) -> list[Outcome]:
         """The sweep's current trials by position with what was measured of them, fast: what its tables are made of."""
         return self._read(outcomes.outcomes, sweep_id, tail)
+
+    def outcome_columns(self, sweep_id: int, tail: float) -> dict[str, Sequence[Any]]:
+        """The same by field of Outcome, a value a trial."""
+        return self._read(outcomes.outcome_columns, sweep_id, tail)
 
     def num_by_state(self, sweep_id: int | None = None) -> dict[int, dict[str, int]]:
         """By sweep, or of one alone, how many of its current trials are in which state."""
@@ -489,4 +494,6 @@ def _add(connection: Connection, plan: Plan) -> Added:
     plan = plan.promoted(promoted.let_through(connection, name)).grown(submission.grown_rates_of(connection, name))
     added = submission.add_plan(connection, plan)
     ranking.reopen_pruned(connection, added.sweep_id, plan.sweep.model_dump(mode="json", include={"prune"}))
+    if added.num_known:
+        ended.keep_missing(connection, added.sweep_id)
     return added

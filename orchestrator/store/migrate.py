@@ -13,6 +13,7 @@ from sqlalchemy import Connection, Engine, inspect, text
 from sqlalchemy.exc import DBAPIError
 
 import orchestrator
+from orchestrator.store.ended import keep_missing
 from orchestrator.store.engine import make_engine, parse_url, writing
 from orchestrator.store.schema import REVISIONS, VERSION_TABLE
 from orchestrator.store.views import create_views, drop_views
@@ -89,3 +90,5 @@ def _upgrade(connection: Connection) -> None:
     drop_views(connection)
     command.upgrade(alembic_config(connection), "head")
     create_views(connection)
+    for sweep_id in connection.scalars(text("SELECT id FROM sweep ORDER BY id")).all():
+        keep_missing(connection, sweep_id)

@@ -1,53 +1,37 @@
 """What the tables of a sweep are made of, for 10^5 trials: few statements, one snapshot, and no config is read.
 
-``reader`` gives whole rows, with their configs checked; that is 0.2 ms a trial. Here it is a hundredth of it.
+``reader`` gives whole rows, with their configs checked; that is 0.2 ms a trial. Here it is a hundredth of it, since of
+a COMPLETE trial there is one narrow row (``ended``); what has none is worked out in the same snapshot.
 """
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping, Sequence
-from itertools import groupby
+from collections.abc import Callable, Sequence
 from operator import itemgetter
 from typing import Any
 
 from sqlalchemy import Connection, text
 
-from orchestrator.store.reader import tails
-from orchestrator.store.rows import FailedRow, Outcome, TailRow
-from orchestrator.store.schema import COMPLETE, FAILED
+from orchestrator.store.ended import missing, missing_of
+from orchestrator.store.rows import FailedRow, Outcome
+from orchestrator.store.schema import FAILED
 
 _TRIALS = """
 SELECT st.position, st.fingerprint, st.arm, CAST(st.axes AS TEXT), st.seed, t.lr, t.state, t.cause, t.reason,
        t.num_parameters, t.training_flops, t.num_steps, t.batch_tokens, t.precision, t.end_step,
-       a.id, a.number, a.resume_step, CAST(a.layout AS TEXT), a.provenance ->> 'backend', a.tokens_per_second,
-       a.sweep_id, a.resumed_from_attempt, a.branched_from
+       o.num_attempts, o.backends, o.layouts, o.tokens_per_second, o.sweep_id, o.branched, o.slice_points,
+       o.slice_loss_nats, o.slice_bits_per_byte, o.full_points, o.full_loss_nats, o.full_bits_per_byte
 FROM sweep_trial st
 JOIN trial t ON t.fingerprint = st.fingerprint
-LEFT JOIN attempt a ON a.fingerprint = st.fingerprint
+LEFT JOIN outcome o ON o.fingerprint = st.fingerprint AND o.tail = :tail
 WHERE st.sweep_id = :sweep_id AND st.current
 """
-"""A row an attempt, and one for a trial without any."""
-
-_FINGERPRINT, _STATE, _ATTEMPT_ID, _NUMBER, _RESUME_STEP, _LAYOUT, _BACKEND, _SPEED, _SWEEP, _OWN, _TRUNK = (
-    1,
-    6,
-    *range(15, 24),
-)
-_IN_ORDER = itemgetter(0, _FINGERPRINT, _NUMBER)
-
-_ENDS = """
-SELECT v.attempt_id, v.split, COUNT(*),
-       CASE WHEN COUNT(v.loss_nats) = COUNT(*) THEN AVG(v.loss_nats) END,
-       CASE WHEN COUNT(v.bits_per_byte) = COUNT(*) THEN AVG(v.bits_per_byte) END
-FROM validation v
-WHERE v.fraction > :after AND v.attempt_id {among}
-GROUP BY v.attempt_id, v.split
-"""
-_RANGE = "BETWEEN :first AND :last"
-_OF_SWEEP = """IN (SELECT a.id FROM sweep_trial st JOIN attempt a ON a.fingerprint = st.fingerprint
-                   WHERE st.sweep_id = :sweep_id AND st.current)"""
+_IN_ORDER = itemgetter(0, 1)
+_FINGERPRINT, _AXES, _NUM_ATTEMPTS, _BACKENDS, _LAYOUTS, _SWEEP, _BRANCHED = 1, 3, 15, 16, 17, 19, 20
+_NOT_BEGUN = (0, "[]", "[]", *[None] * 9)
+"""What ``outcome`` would hold of a trial without attempts."""
+_FEW = 0.1
 
 _COUNTS = """
 SELECT st.sweep_id, t.state, COUNT(*)
@@ -67,74 +51,52 @@ ORDER BY st.position LIMIT :limit
 
 def outcomes(connection: Connection, sweep_id: int, tail: float) -> list[Outcome]:
     """A sweep's current trials in execution order, with what was measured of them."""
-    unsorted = connection.execute(text(_TRIALS), {"sweep_id": sweep_id}).all()
-    rows = sorted(unsorted, key=_IN_ORDER)  # here and not there: the database would sort them whole
+    return list(map(Outcome._make, zip(*outcome_columns(connection, sweep_id, tail).values(), strict=True)))
+
+
+def outcome_columns(connection: Connection, sweep_id: int, tail: float) -> dict[str, Sequence[Any]]:
+    """The same by field of Outcome, a value a trial: so the loops are C's, and what is parsed is shared."""
+    result = connection.execute(text(_TRIALS), {"sweep_id": sweep_id, "tail": tail})
+    rows: list[Any] = result.cursor.fetchall()  # type: ignore[union-attr] # plain tuples, which are fast
+    result.close()
+    rows.sort(key=_IN_ORDER)  # here and not there: the database would sort them whole
+    _fill_in(connection, sweep_id, tail, rows)
+    if not rows:
+        return dict.fromkeys(Outcome._fields, ())
+    columns: list[Any] = list(zip(*rows, strict=True))
+    columns[_AXES] = list(map(_Parsed(json.loads).__getitem__, columns[_AXES]))
+    for column in (_BACKENDS, _LAYOUTS, _BRANCHED):
+        columns[column] = list(map(_Parsed(_tuple).__getitem__, columns[column]))
     sweeps = {row.id: row.name for row in connection.execute(text("SELECT id, name FROM sweep"))}
-    ends = _ends(connection, sweep_id, tail, [row[_ATTEMPT_ID] for row in rows if row[_ATTEMPT_ID] is not None])
-    resumed: dict[str, dict[str, TailRow]] = {}
-    trials = [list(of_trial) for _, of_trial in groupby(rows, itemgetter(_FINGERPRINT))]
-    if len(trials) < len(rows):
-        for end in tails(connection, sweep_id, tail, several_attempts=True):
-            resumed.setdefault(end.fingerprint, {})[end.split] = end
-    axes, layouts = _Parsed(), _Parsed()
-    found = []
-    for attempts in trials:
-        _, fingerprint, arm, axes_text, *others = attempts[0][:_ATTEMPT_ID]
-        of_trial: dict[str, TailRow] = {}
-        if len(attempts) > 1:
-            of_trial = resumed.get(fingerprint, {})
-        elif attempts[0][_STATE] == COMPLETE:
-            of_trial = {end[1]: TailRow(fingerprint, *end[1:]) for end in ends.get(attempts[0][_ATTEMPT_ID], ())}
-        found.append(
-            Outcome._make((fingerprint, arm, axes[axes_text], *others, *_taken(attempts, layouts, sweeps), of_trial))
-        )
-    return found
+    columns[_SWEEP] = list(map(sweeps.get, columns[_SWEEP]))
+    return dict(zip(Outcome._fields, columns[1:], strict=True))
 
 
-def _ends(connection: Connection, sweep_id: int, tail: float, attempts: list[int]) -> dict[int, list[Sequence[Any]]]:
-    """By attempt: of each split the validations in the last ``tail`` of the schedule, and perhaps other attempts'.
-
-    A sweep's attempts are mostly neighbours. Where they are, the range is read as it lies instead of looking up each.
-    """
-    if not attempts:
-        return {}
-    first, last = min(attempts), max(attempts)
-    is_dense = last - first < 2 * len(attempts)
-    among = {"first": first, "last": last} if is_dense else {"sweep_id": sweep_id}
-    question = text(_ENDS.format(among=_RANGE if is_dense else _OF_SWEEP))
-    found: dict[int, list[Sequence[Any]]] = {}
-    for end in connection.execute(question, {"after": 1.0 - tail, **among}):
-        found.setdefault(end[0], []).append(end)
-    return found
+def _fill_in(connection: Connection, sweep_id: int, tail: float, rows: list[Any]) -> None:
+    """What has no row in ``outcome``: mostly trials that are not COMPLETE."""
+    absent = [index for index, row in enumerate(rows) if row[_NUM_ATTEMPTS] is None]
+    if len(absent) < _FEW * len(rows):
+        found = missing_of(connection, [rows[index][_FINGERPRINT] for index in absent], tail)
+    else:
+        found = missing(connection, sweep_id, tail)
+    known = {one.fingerprint: tuple(one[1:]) for one in found}
+    for index in absent:
+        row = rows[index]
+        rows[index] = (*row[:_NUM_ATTEMPTS], *known.get(row[_FINGERPRINT], _NOT_BEGUN))
 
 
-class _Parsed(dict[str, Any]):
-    """JSON by its text: the same few layouts, and the axes of a cell once for all its seeds."""
-
-    def __missing__(self, json_text: str) -> Any:
-        return self.setdefault(json_text, json.loads(json_text))
+def _tuple(said: str | None) -> tuple[Any, ...] | None:
+    return None if said is None else tuple(json.loads(said))
 
 
-def _taken(attempts: Sequence[Sequence[Any]], layouts: _Parsed, sweeps: Mapping[int, str]) -> tuple[Any, ...]:
-    """Of a trial's attempts: their number, the back ends and layouts, the speed and the sweep of the last, and where
-    the trial branched off another.
+class _Parsed(dict[Any, Any]):
+    """By its text: the same few layouts, and the axes of a cell once for all its seeds."""
 
-    A layout counts if no later attempt began at its attempt's first step or before: successors build on it.
-    """
-    last = attempts[-1]
-    if last[_ATTEMPT_ID] is None:
-        return 0, (), (), None, None, None
-    backends = tuple(sorted({attempt[_BACKEND] for attempt in attempts if attempt[_BACKEND] is not None}))
-    counted: list[dict[str, Any]] = []
-    first = math.inf
-    for attempt in reversed(attempts):
-        if attempt[_RESUME_STEP] < first:
-            first, layout = attempt[_RESUME_STEP], layouts[attempt[_LAYOUT]]
-            if counted[-1:] != [layout]:
-                counted.append(layout)
-    beginning = next(attempt for attempt in reversed(attempts) if attempt[_OWN] is None)
-    branched = None if beginning[_TRUNK] is None else (beginning[_TRUNK], beginning[_RESUME_STEP])
-    return len(attempts), backends, tuple(reversed(counted)), last[_SPEED], sweeps[last[_SWEEP]], branched
+    def __init__(self, parse: Callable[[Any], Any]) -> None:
+        self.parse = parse
+
+    def __missing__(self, said: Any) -> Any:
+        return self.setdefault(said, self.parse(said))
 
 
 def num_by_state(connection: Connection, sweep_id: int | None = None) -> dict[int, dict[str, int]]:

@@ -169,21 +169,14 @@ SELECT v.fingerprint, v.split, COUNT(*) AS num_points,
 FROM sweep_trial st
 JOIN trial t ON t.fingerprint = st.fingerprint
 JOIN curve_validation v ON v.fingerprint = st.fingerprint
-WHERE st.sweep_id = :sweep_id AND st.current AND t.state = 'COMPLETE' AND v.fraction > :after {and_where}
+WHERE st.sweep_id = :sweep_id AND st.current AND t.state = 'COMPLETE' AND v.fraction > :after
 GROUP BY v.fingerprint, v.split
 """
 
 
-_SEVERAL_ATTEMPTS = "AND (SELECT COUNT(*) FROM attempt c WHERE c.fingerprint = st.fingerprint) > 1"
-
-
-def tails(connection: Connection, sweep_id: int, tail: float, *, several_attempts: bool = False) -> list[TailRow]:
-    """Of every complete trial of the sweep, a row a split: the validations in the last ``tail`` of the schedule.
-
-    ``several_attempts``: of no other trials, as only between attempts there is something to choose.
-    """
-    question = text(_TAILS.format(and_where=_SEVERAL_ATTEMPTS if several_attempts else ""))
-    rows = connection.execute(question, {"sweep_id": sweep_id, "after": 1.0 - tail})
+def tails(connection: Connection, sweep_id: int, tail: float) -> list[TailRow]:
+    """Of every complete trial of the sweep, a row a split: the validations in the last ``tail`` of the schedule."""
+    rows = connection.execute(text(_TAILS), {"sweep_id": sweep_id, "after": 1.0 - tail})
     return [TailRow(*row) for row in rows]
 
 

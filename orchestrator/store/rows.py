@@ -155,8 +155,21 @@ class Outcome(NamedTuple):
     """The sweep whose controller ran the last attempt."""
     branched: tuple[str, int] | None
     """The fingerprint of the trial that its history begins in, and the last step that it shares with it."""
-    tails: dict[str, TailRow]
-    """By split; only of a COMPLETE trial."""
+    slice_points: int | None
+    """Validations on the slice in the tail of the schedule, of a COMPLETE trial; None without any."""
+    slice_loss_nats: float | None
+    """Their mean; None when one was not finite."""
+    slice_bits_per_byte: float | None
+    full_points: int | None
+    """The same on the whole validation split."""
+    full_loss_nats: float | None
+    full_bits_per_byte: float | None
+
+    @property
+    def tails(self) -> dict[str, TailRow]:
+        """By split, where there are validations."""
+        of_split = {"slice": self[-6:-3], "full": self[-3:]}
+        return {split: TailRow(self.fingerprint, split, *of) for split, of in of_split.items() if of[0] is not None}
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,7 +35,7 @@ from models.redaction import redacted, redacted_content
 VERSION_TABLE = "gatesweep_version"
 """Not ``alembic_version``: Optuna and MLflow use that name, and may share the database."""
 
-REVISIONS = ("0001", "0002", "0003", "0004", "0005", "0006", "0007", "0008", "0009", "0010")
+REVISIONS = ("0001", "0002", "0003", "0004", "0005", "0006", "0007", "0008", "0009", "0010", "0011")
 """Every schema version this code knows, oldest first. A database at another one was made by newer code."""
 
 WAITING, RUNNING, COMPLETE, PRUNED, DIVERGED, FAILED, CANCELED = STATES = (
@@ -182,6 +182,7 @@ sweep_trial = Table(
     Column("mirror_cursor", JSON(none_as_null=True)),
     ForeignKeyConstraint(["sweep_id", "arm"], ["arm.sweep_id", "arm.name"], name="fk_sweep_trial_arm"),
     Index("ix_sweep_trial_fingerprint", "fingerprint", "sweep_id", "current"),
+    sqlite_with_rowid=False,
 )
 
 attempt = Table(
@@ -242,6 +243,26 @@ validation = Table(
     Column("num_tokens", BigInteger, nullable=False),
     Column("num_bytes", BigInteger, nullable=False),
     Column("nonfinite", Boolean, nullable=False),
+    sqlite_with_rowid=False,
+)
+
+outcome = Table(
+    "outcome",
+    metadata,
+    Column("fingerprint", String(64), ForeignKey("trial.fingerprint"), primary_key=True),
+    Column("tail", Float(53), primary_key=True, autoincrement=False),
+    Column("num_attempts", Integer, nullable=False),
+    Column("backends", Text, nullable=False),  # JSON, as the next one
+    Column("layouts", Text, nullable=False),
+    Column("tokens_per_second", Float(53)),
+    Column("sweep_id", RowId, ForeignKey("sweep.id"), nullable=False),
+    Column("branched", Text),  # JSON, too
+    Column("slice_points", Integer),
+    Column("slice_loss_nats", Float(53)),
+    Column("slice_bits_per_byte", Float(53)),
+    Column("full_points", Integer),
+    Column("full_loss_nats", Float(53)),
+    Column("full_bits_per_byte", Float(53)),
     sqlite_with_rowid=False,
 )
 

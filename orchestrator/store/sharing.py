@@ -42,8 +42,13 @@ _OWN = """
 """
 
 _COMPARED = """
-    SELECT s.name, COUNT(DISTINCT other.arm)
-    FROM sweep s JOIN sweep_trial other ON other.sweep_id = s.id AND other.current AND other.arm <> s.baseline
+    SELECT s.name, (
+        SELECT COUNT(*) FROM arm WHERE arm.sweep_id = s.id AND arm.name <> s.baseline AND EXISTS (
+            SELECT 1 FROM sweep_trial other
+            WHERE other.sweep_id = s.id AND other.arm = arm.name AND other.current
+        )
+    ) AS num_arms
+    FROM sweep s
     WHERE s.id IN (
         SELECT theirs.sweep_id
         FROM sweep_trial ours
@@ -52,7 +57,7 @@ _COMPARED = """
         JOIN sweep them ON them.id = theirs.sweep_id AND theirs.arm = them.baseline
         WHERE ours.sweep_id = :sweep_id AND ours.current
     )
-    GROUP BY s.name ORDER BY s.name
+    ORDER BY s.name
 """
 
 
@@ -93,7 +98,7 @@ def reused(connection: Connection, sweep_id: int) -> list[Reused]:
 def comparisons(connection: Connection, sweep_id: int) -> dict[str, int]:
     """By sweep, the arms that are compared with this sweep's baseline trials; this sweep's own among them."""
     rows = connection.execute(text(_COMPARED), {"sweep_id": sweep_id})
-    return {row[0]: row[1] for row in rows}
+    return {row[0]: row[1] for row in rows if row[1]}
 
 
 def _facts(provenance: str, hosts: str | None) -> dict[str, Any]:

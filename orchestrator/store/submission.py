@@ -10,7 +10,6 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Connection, Executable, Table, insert, select, update
-from sqlalchemy.dialects import postgresql, sqlite
 
 from orchestrator.store import schema
 from orchestrator.store.rows import Added
@@ -30,7 +29,11 @@ def insert_missing(connection: Connection, table: Table, rows: Sequence[dict[str
 @cache
 def _insert_missing(dialect: str, table: Table) -> Executable:
     if dialect == "sqlite":
+        from sqlalchemy.dialects import sqlite
+
         return sqlite.insert(table).on_conflict_do_nothing()
+    from sqlalchemy.dialects import postgresql  # a tenth of a second, which SQLite need not wait for
+
     return postgresql.insert(table).on_conflict_do_nothing()
 
 

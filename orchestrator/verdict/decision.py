@@ -54,11 +54,11 @@ def more_seeds(
     to ``present``; without it, as many as an arm). It goes by the margin and never by the observed difference, which
     would promise few seeds whenever luck made the difference large.
     """
-    from scipy.stats import chi2
+    from scipy.special import gammaincinv
 
     design = design or Design()
     degrees = spread.degrees_of_freedom
-    sd_limit = spread.sd_nats * math.sqrt(degrees / float(chi2.ppf(1.0 - SD_LIMIT, degrees)))
+    sd_limit = spread.sd_nats * math.sqrt(degrees / float(2 * gammaincinv(degrees / 2, 1.0 - SD_LIMIT)))
     share = 1.0 if num_control is None or design.paired else num_control / present
     looks = design.looks.after(present, num_control or present) if design.looks.declared > 1 else design.looks
 

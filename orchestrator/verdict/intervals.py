@@ -69,11 +69,14 @@ def differences(
 
     ``samples`` are all of the table: those outside the family add to a pooled variance.
     """
-    measure = _paired if design.paired else _unpaired
+    floor = noise_floor(samples) if method == "dunnett" and not design.paired else None
     found: dict[str, Difference] = {}
     sizes = tuple(len(sample.losses_nats) for sample in family)
     for sample in family:
-        delta, spread, num_arm, num_control = measure(sample, control, samples, family, method)
+        if design.paired:
+            delta, spread, num_arm, num_control = _paired(sample, control, family, method)
+        else:
+            delta, spread, num_arm, num_control = _unpaired(sample, control, floor)
         critical = half = None
         if spread.sd_nats > 0.0:
             arms = (num_arm,) * len(family) if design.paired else sizes
@@ -102,14 +105,11 @@ def critical_at_look(
     return critical if critical is not None and level == one else -float(stdtrit(degrees, level / 2.0))
 
 
-def _unpaired(
-    sample: Sample, control: Sample, samples: Sequence[Sample], family: Sequence[Sample], method: Method
-) -> tuple[float, Spread, int, int]:
+def _unpaired(sample: Sample, control: Sample, floor: NoiseFloor | None) -> tuple[float, Spread, int, int]:
+    """By the pooled variance, if there is one, else by the pair's own two."""
     ours, theirs = sample.losses_nats, control.losses_nats
     delta = fmean(ours) - fmean(theirs)
-    if method == "dunnett":
-        floor = noise_floor(samples)
-        assert isinstance(floor, NoiseFloor)
+    if floor is not None:
         return delta, Spread(floor.sd_nats, floor.degrees_of_freedom), len(ours), len(theirs)
     parts = [stdev(group) ** 2 / len(group) for group in (ours, theirs)]
     variance = sum(parts)
@@ -127,7 +127,7 @@ def common_seeds(samples: Sequence[Sample]) -> list[int]:
 
 
 def _paired(
-    sample: Sample, control: Sample, samples: Sequence[Sample], family: Sequence[Sample], method: Method
+    sample: Sample, control: Sample, family: Sequence[Sample], method: Method
 ) -> tuple[float, Spread, int, int]:
     """Over the seeds that the baseline and every arm of the family have."""
     seeds = common_seeds([control, *family])

@@ -1,14 +1,16 @@
 """The store at scale: ``status``, ``results`` and submission with 10^5 trials and 10^7 metric rows.
 
     python tests/bench/store_scale.py                    # SQLite and Postgres, ten sweeps of 10,000 trials
-    python tests/bench/store_scale.py --sweeps 1         # one sweep of 100,000
-    python tests/bench/store_scale.py --tables 100       # sweeps of 10,000 cells, one seed each: the dearest to plan
+    python tests/bench/store_scale.py --sweeps 1         # one sweep of 100,000: 10 arms, 10 rates, 5 tables, 200 seeds
+    python tests/bench/store_scale.py --sweeps 1 --arms 100 --rates 100 --tables 1            # the same of 10 seeds
+    python tests/bench/store_scale.py --tables 100 --only-submit   # 10,000 cells of one seed: the dearest to plan
+    python tests/bench/store_scale.py --sweeps 1 --keep /tmp/filled   # SQLite's store stays there, and is taken again
     python tests/bench/store_scale.py --small            # seconds: that the script itself works
 
 Trials are submitted as a user submits them (plan.expand, Store.add, which is timed); their attempts and records are
 then made inside the database, for no trainer could write 10^7 rows while one waits. One trial in fifty diverges, one
-in fifty needs a second attempt, one in a thousand fails, one in a hundred still waits. Times are medians, in this
-process and as a whole command with its start.
+in fifty needs a second attempt, one in a thousand fails, one in a hundred still waits. What is kept of ended trials is
+written by the store's own code. Times are medians, in this process and as a whole command with its start and its end.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -36,10 +39,11 @@ from sweep_runs import write_corpus
 from orchestrator import report
 from orchestrator.plan import expand
 from orchestrator.store import Store
+from orchestrator.store.ended import keep_missing
 from orchestrator.store.engine import make_engine, parse_url
 from orchestrator.sweep import load
 
-ARMS, RATES, STEPS_A_TRIAL, VALIDATIONS_A_TRIAL = 10, 10, 100, 10
+STEPS_A_TRIAL, VALIDATIONS_A_TRIAL = 100, 10
 
 SWEEP = """\
 name: sweep{number}
@@ -61,15 +65,15 @@ controls: []
 """
 
 
-def sweep_text(number: int, num_trials: int, num_tables: int) -> str:
-    """Ten arms at ten rates; the rest of the trials are seeds, for a few values of one more axis: a table each."""
-    num_seeds = max(1, num_trials // (ARMS * RATES * num_tables))
-    arms = [f"  arm{index}: {{model: {{ffn_size: {192 + 4 * index}}}}}" for index in range(ARMS)]
+def sweep_text(number: int, num_trials: int, num_tables: int, num_arms: int, num_rates: int) -> str:
+    """Arms at rates; the rest of the trials are seeds, for a few values of one more axis: a table each."""
+    num_seeds = max(1, num_trials // (num_arms * num_rates * num_tables))
+    arms = [f"  arm{index}: {{model: {{ffn_size: {192 + 4 * index}}}}}" for index in range(num_arms)]
     return SWEEP.format(
         number=number,
         warmup=0.05 + number / 1000,
         arms="\n".join(arms),
-        rates=", ".join(f"{1e-4 * 2**index:.4g}" for index in range(RATES)),
+        rates=", ".join(f"{1e-4 * 512 ** (index / max(1, num_rates - 1)):.6g}" for index in range(num_rates)),
         decays=", ".join(f"{index / 100}" for index in range(num_tables)),
         seeds=", ".join(map(str, range(1, num_seeds + 1))),
         num_seeds=num_seeds,
@@ -132,6 +136,8 @@ def fill(url: str, steps: int) -> int:
             connection.execute(text("SET LOCAL session_replication_role = replica"))  # no check a row of a foreign key
         for statement in FILL:
             connection.execute(text(statement), {name: numbers[name] for name in numbers if f":{name}" in statement})
+        for sweep_id in connection.scalars(text("SELECT id FROM sweep")).all():
+            keep_missing(connection, sweep_id)
         rows = connection.scalar(text("SELECT (SELECT COUNT(*) FROM step_metric) + (SELECT COUNT(*) FROM validation)"))
     if engine.dialect.name == "postgresql":
         with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
@@ -150,11 +156,17 @@ def seconds(function: Callable[[], object], repeats: int) -> float:
 
 
 def command(url: str, *arguments: str) -> Callable[[], object]:
-    main = "import sys; from orchestrator.cli.app import main; main()"
+    main = "from orchestrator.cli.app import main; main()"
     environment = {**os.environ, "GATESWEEP_STORE": url}
     return lambda: subprocess.run(
         [sys.executable, "-c", main, *arguments], env=environment, check=True, capture_output=True
     )
+
+
+def cpu_seconds() -> float:
+    """Of the commands that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def show(renderable: object) -> None:
@@ -165,10 +177,14 @@ def measure(name: str, url: str, folder: Path, given: argparse.Namespace) -> Non
     num_sweeps, repeats = given.sweeps, given.repeats
     num_trials = 100_000 // num_sweeps // (100 if given.small else 1)
     with Store(url) as store:
+        if store.sweeps():
+            print(f"{name}: as it was kept: {', '.join(row.name for row in store.sweeps())}", flush=True)
+            ask(name, url, store, repeats)
+            return
         submissions = []
         for number in range(num_sweeps):
             path = folder / f"sweep{number}.yaml"
-            path.write_text(sweep_text(number, num_trials, given.tables))
+            path.write_text(sweep_text(number, num_trials, given.tables, given.arms, given.rates))
             begun = time.perf_counter()
             plan = expand(load(path))
             planned = time.perf_counter()
@@ -176,24 +192,35 @@ def measure(name: str, url: str, folder: Path, given: argparse.Namespace) -> Non
             submissions.append((time.perf_counter() - begun, planned - begun, len(plan.trials)))
         whole, planning, count = (statistics.median_low(column) for column in zip(*submissions, strict=True))
         print(f"{name}: submit {count:,} trials: {whole:.2f} s, of which plan {planning:.2f} s", flush=True)
+        if given.only_submit:
+            return
         begun = time.perf_counter()
         rows = fill(url, STEPS_A_TRIAL)
         print(
             f"{name}: {num_sweeps * count:,} trials, {rows:,} metric rows (made in {time.perf_counter() - begun:.0f} s)"
         )
-        timed = {
-            "status": lambda: show(report.status_table(store)),
-            "results": lambda: show(report.ResultsView(report.results(store, "sweep0"))),
-        }
-        for verb, call in timed.items():
-            arguments = (verb, "sweep0") if verb == "results" else (verb,)
-            inside, outside = seconds(call, repeats), seconds(command(url, *arguments), repeats)
-            print(f"{name}: {verb}: {inside:.2f} s in process, {outside:.2f} s as a command", flush=True)
+        ask(name, url, store, repeats)
+
+
+def ask(name: str, url: str, store: Store, repeats: int) -> None:
+    timed = {
+        "status": lambda: show(report.status_table(store)),
+        "results": lambda: show(report.ResultsView(report.results(store, "sweep0"))),
+    }
+    for verb, call in timed.items():
+        arguments = (verb, "sweep0") if verb == "results" else (verb,)
+        inside, used = seconds(call, repeats), cpu_seconds()
+        outside = seconds(command(url, *arguments), repeats)
+        used = (cpu_seconds() - used) / repeats
+        print(
+            f"{name}: {verb}: {inside:.2f} s in process, {outside:.2f} s as a command ({used:.2f} s of CPU)", flush=True
+        )
 
 
 @contextmanager
 def backend(name: str, folder: Path) -> Iterator[str]:
     if name == "sqlite":
+        folder.mkdir(parents=True, exist_ok=True)
         yield f"sqlite:///{folder / 'gatesweep.db'}"
         return
     server = PostgresServer()
@@ -210,9 +237,13 @@ def main() -> None:
     parser.add_argument("--tables", type=int, default=5, help="values of one more axis; the rest of a sweep are seeds")
     parser.add_argument("--backends", default="sqlite,postgresql")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--arms", type=int, default=10)
+    parser.add_argument("--rates", type=int, default=10)
+    parser.add_argument("--only-submit", action="store_true", help="fill and ask nothing")
+    parser.add_argument("--keep", type=Path, help="a folder for SQLite's filled store; what it holds is asked as it is")
     given = parser.parse_args()
     for name in given.backends.split(","):
-        with tempfile.TemporaryDirectory() as made, backend(name, Path(made)) as url:
+        with tempfile.TemporaryDirectory() as made, backend(name, given.keep or Path(made)) as url:
             write_corpus(Path(made) / "corpus.jsonl")
             measure(name, url, Path(made), given)
 
