@@ -168,8 +168,15 @@ class Outcome(NamedTuple):
     @property
     def tails(self) -> dict[str, TailRow]:
         """By split, where there are validations."""
-        of_split = {"slice": self[-6:-3], "full": self[-3:]}
-        return {split: TailRow(self.fingerprint, split, *of) for split, of in of_split.items() if of[0] is not None}
+        measured = (
+            ("slice", self.slice_points, self.slice_loss_nats, self.slice_bits_per_byte),
+            ("full", self.full_points, self.full_loss_nats, self.full_bits_per_byte),
+        )
+        return {
+            split: TailRow(self.fingerprint, split, points, loss, bits)
+            for split, points, loss, bits in measured
+            if points is not None
+        }
 
 
 @dataclass(frozen=True, slots=True)
