@@ -14,7 +14,7 @@ from itertools import groupby
 from operator import itemgetter
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, TextClause, bindparam, text
+from sqlalchemy import BindParameter, Connection, TextClause, bindparam, text
 
 from orchestrator.store import schema
 from orchestrator.store.submission import insert_missing
@@ -66,7 +66,7 @@ IN (SELECT st.fingerprint FROM sweep_trial st
 """
 
 
-_AMONG = bindparam("among", expanding=True)
+_AMONG: BindParameter[Any] = bindparam("among", expanding=True)
 _OF_SWEEP = text(_ATTEMPTS.format(among=_MISSING)), text(_TAILS.format(among=_MISSING))
 _OF_SOME = (
     text(_ATTEMPTS.format(among="IN :among")).bindparams(_AMONG),

@@ -57,7 +57,8 @@ def outcomes(connection: Connection, sweep_id: int, tail: float) -> list[Outcome
 def outcome_columns(connection: Connection, sweep_id: int, tail: float) -> dict[str, Sequence[Any]]:
     """The same by field of Outcome, a value a trial: so the loops are C's, and what is parsed is shared."""
     result = connection.execute(text(_TRIALS), {"sweep_id": sweep_id, "tail": tail})
-    rows: list[Any] = result.cursor.fetchall()  # type: ignore[union-attr] # plain tuples, which are fast
+    assert result.cursor is not None
+    rows: list[Any] = list(result.cursor.fetchall())  # plain tuples, which are fast
     result.close()
     rows.sort(key=_IN_ORDER)  # here and not there: the database would sort them whole
     _fill_in(connection, sweep_id, tail, rows)
