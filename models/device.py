@@ -68,7 +68,8 @@ def prepare(device: str, local_rank: int = 0) -> None:
     torch.cuda.current_device = lambda: "cpu"  # type: ignore[assignment, return-value]
     torch.cuda.synchronize = lambda *_: None
     # Asked for from 0.19 on where gradients are reduced, to wait for graphs, of which there are none.
-    torch.cuda.current_stream = lambda *_: None  # type: ignore[assignment]
+    if torch.cuda.current_stream.__module__ == "torch.cuda" and not torch.cuda.is_available():
+        torch.cuda.current_stream = lambda *_: None  # type: ignore[assignment]
     from megatron.core.tensor_parallel import random as megatron_random
 
     # Dropout is 0 in every model here, so nothing draws inside a fork; the CUDA state it saves does not exist.
