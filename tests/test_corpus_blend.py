@@ -224,14 +224,14 @@ def test_a_data_rank_takes_its_part_of_a_blend_with_separate_documents(blend):
 
 def test_a_validation_set_is_mirrored_and_asked_for_by_its_name(tmp_path, world, mixed_trial):
     from orchestrator.store import ValidationRow
-    from orchestrator.tracking.run_content import _validation_points
+    from orchestrator.tracking.shown_points import validation_points
 
     spec = new_attempt(tmp_path, mixed_trial)
     train(spec, world)
     (record,) = [one for one in metrics(spec) if one.get("split") == "held/full"]
     names = ValidationRow.__dataclass_fields__
     row = ValidationRow(**{"attempt": 1, **{name: value for name, value in record.items() if name in names}})
-    assert [point.key for point in _validation_points(row, 0)][::2] == [
+    assert [point.key for point in validation_points(row, 0)][::2] == [
         "held_full_validation_loss_nats",
         "held_full_validation_bits_per_byte",
     ]

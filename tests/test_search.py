@@ -349,6 +349,11 @@ def test_the_copy_holds_the_finished_trials(url):
     assert by_fingerprint["c"].state is TrialState.FAIL
 
 
+def test_the_copy_is_written_a_trial_at_a_time_while_something_else_is_due(tmp_path):
+    mirror = StudyMirror(FakeStore(ROWS), 1, "s", f"sqlite:///{tmp_path}/optuna.db")
+    assert [mirror.update(lambda: True) for _ in range(4)] == [1, 1, 1, 0]
+
+
 def test_copying_again_adds_only_what_is_new(url):
     store = FakeStore(ROWS[:2])
     mirror = StudyMirror(store, 1, "s", url)

@@ -355,6 +355,10 @@ def test_the_map_to_mlflow_and_the_mirrors_cursor_are_kept(run: Run) -> None:
     assert run.store.mirror_cursor(run.sweep_id, run.fingerprint) == {"steps": [1, 20]}
     run.store.add(a_plan())
     assert run.store.mirror_cursor(run.sweep_id, run.fingerprint) == {"steps": [1, 20]}
+    run.store.set_mirror_cursors(run.sweep_id, {trial.fingerprint: {"step": 3} for trial in run.plan.trials[:2]})
+    found = [run.store.mirror_cursor(run.sweep_id, trial.fingerprint) for trial in run.plan.trials]
+    assert found == [{"step": 3}, {"step": 3}, None, None]
+    assert [run.store.mlflow_run(run.sweep_id, trial.fingerprint) for trial in run.plan.trials[:2]] == ["child", None]
     run.store.set_mirror_cursor(run.sweep_id, run.fingerprint, None)
     assert run.store.mirror_cursor(run.sweep_id, run.fingerprint) is None
 

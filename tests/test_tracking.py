@@ -19,17 +19,19 @@ from orchestrator.tracking import (
     Mirror,
     OutOfTime,
     TrackingError,
+    books,
+    curves,
     is_server,
     mirror,
     run_content,
+    shown_points,
     ui_command,
     ui_environment,
 )
 from orchestrator.tracking.layer_plots import layer_plots
 from orchestrator.tracking.memory import Memory
+from orchestrator.tracking.mirror import SweepMirror
 from orchestrator.tracking.server import open_client
-
-mirror_module = sys.modules["orchestrator.tracking.mirror"]
 
 
 @pytest.fixture(scope="session")
@@ -137,7 +139,7 @@ def test_notices_are_tags_of_the_parent_the_last_of_each_kind_and_sent_once(run,
     run.store.add_event(run.sweep_id, "budget", "80% is used")
     send()
     assert client.get_run(parent).data.tags["gatesweep.notice.budget"].endswith("Z 80% is used")
-    monkeypatch.setattr(mirror_module, "open_client", None)
+    monkeypatch.setattr(books, "open_client", None)
     assert send().num_trials == 0
 
 
@@ -247,7 +249,7 @@ def test_a_missing_number_is_not_sent(run, send, client):
 def test_with_nothing_new_mlflow_is_not_touched(run, send, monkeypatch):
     run.complete(run.fingerprint, 2.5)
     send()
-    monkeypatch.setattr(mirror_module, "open_client", lambda uri: pytest.fail("MLflow was opened"))
+    monkeypatch.setattr(books, "open_client", lambda uri: pytest.fail("MLflow was opened"))
     assert (send().num_trials, send().num_points) == (0, 0)
 
 
@@ -308,6 +310,9 @@ class Killed(BaseException):
     """Not an Exception: nothing may catch it."""
 
 
+READS = ("get_", "search_", "trial", "sweeps", "attempts", "curve", "layers", "mirror_cursor", "events", "mlflow_run")
+
+
 class Mortal:
     """Lets calls through until ``lives`` of them are used up, and dies once the last one has been done."""
 
@@ -319,9 +324,7 @@ class Mortal:
 
         def call(*args: Any, **kwargs: Any) -> Any:
             result = inner(*args, **kwargs)
-            if not name.startswith(
-                ("get_", "search_", "trials", "sweeps", "attempts", "curve", "layers", "mirror_cursor", "events")
-            ):
+            if not name.startswith(READS):
                 self._lives[0] -= 1
                 if self._lives[0] == 0:
                     raise Killed
@@ -333,8 +336,9 @@ class Mortal:
 def test_killed_after_any_write_the_next_pass_makes_it_whole(run, uri, mlflow_home, client, monkeypatch):
     run.complete(run.fingerprint, 2.5)
     lives = [0]
-    monkeypatch.setattr(mirror_module, "open_client", lambda uri: Mortal(open_client(uri), lives))
-    monkeypatch.setattr(mirror_module, "_METRICS_PER_BATCH", 60)
+    monkeypatch.setattr(books, "open_client", lambda uri: Mortal(open_client(uri), lives))
+    monkeypatch.setattr(curves, "METRICS_PER_BATCH", 60)
+    monkeypatch.setattr(books, "WRITE_SECONDS", 0.0)
     store: Any = Mortal(run.store, lives)
     deaths = 0
     # Opening the sweep anew takes two writes, and the longest unit of work three more.
@@ -380,6 +384,49 @@ def test_a_memory_makes_a_pass_cost_only_what_is_new(run, send, client, monkeypa
     assert send(memory=memory).num_trials == 1
     monkeypatch.undo()
     assert child(client, run, second).info.status == "RUNNING"
+
+
+def test_a_running_trial_rests_between_its_points_and_none_of_its_ends_waits(run, uri, mlflow_home, client):
+    clock = [0.0]
+    one = SweepMirror(
+        run.store, run.sweep_id, uri, f"file://{mlflow_home}/artifacts", Memory(lambda: clock[0]), lambda: False
+    )
+    attempt = run.start()
+    sent = []
+    for clock[0], first, last in ((0.0, 1, 2), (2.0, 3, 4), (4.0, 5, 6), (6.0, 7, 8)):
+        run.store.record(run.lease, attempt, steps(first, last))
+        sent.append(one.send_curves(rest_seconds=5.0).num_points // 6)
+    assert sent == [2, 0, 0, 6]
+    run.store.record(run.lease, attempt, steps(9, STEPS))
+    run.end(attempt, "COMPLETE")
+    assert one.send_curves(rest_seconds=5.0).num_points == 6 * 12
+    assert child(client, run).info.status == "FINISHED"
+
+
+def test_what_can_wait_does_a_piece_at_a_time_while_points_are_due(run, uri, mlflow_home, client):
+    one = SweepMirror(run.store, run.sweep_id, uri, f"file://{mlflow_home}/artifacts", Memory(), lambda: False)
+    first, second = (trial.fingerprint for trial in run.plan.trials[:2])
+    for fingerprint in (first, second):
+        run.complete(fingerprint, 2.5)
+    assert one.send_curves(lambda: True).num_points == 2 * (6 * STEPS + 4)
+    assert [child(client, run, of).info.status for of in (first, second)] == ["FINISHED", "RUNNING"]
+    one.send_artifacts(lambda: True)
+    one.send_curves(lambda: True)
+    assert child(client, run, second).info.status == "FINISHED"
+    assert [len(client.list_artifacts(run.trial(of).mlflow_run_id)) for of in (first, second)] == [2, 0]
+    one.send_artifacts(lambda: True)
+    assert len(client.list_artifacts(run.trial(second).mlflow_run_id)) == 2
+
+
+def test_a_run_made_by_another_process_since_is_found_and_not_doubled(run, send, client):
+    memory = Memory()
+    memory.read(run.store, run.sweep_id)
+    run.complete(run.fingerprint, 2.5)
+    send()
+    run_id = run.trial().mlflow_run_id
+    send(memory=memory)
+    assert run.trial().mlflow_run_id == run_id
+    assert len(history(client, run, "loss_nats")) == STEPS
 
 
 def test_what_a_memory_holds_for_settled_is_looked_at_again_after_a_rerun(run, send, client):
@@ -448,7 +495,7 @@ def test_after_an_outage_the_mirror_catches_up_and_tells_once(run, uri, mlflow_h
             raise ConnectionError("refused")
         return open_client(uri)
 
-    monkeypatch.setattr(mirror_module, "open_client", opened)
+    monkeypatch.setattr(books, "open_client", opened)
     tracking = Mirror(
         run.store, run.sweep_id, uri, f"file://{mlflow_home}/artifacts", interval_seconds=1.0, clock=lambda: clock[0]
     )
@@ -480,11 +527,11 @@ def test_a_dead_server_does_not_hold_the_sweep_and_the_next_run_catches_up(run, 
 def test_the_pause_grows_and_one_mirrors_outage_is_not_anothers(run, uri):
     clock, failed_at, num_updates = [0.0], [], [0]
 
-    def broken() -> None:
+    def broken(_is_due: Any) -> None:
         failed_at.append(clock[0])
         raise OSError("no")
 
-    def fine() -> None:
+    def fine(_is_due: Any) -> None:
         num_updates[0] += 1
 
     also = {"optuna": broken, "other": fine}
@@ -501,7 +548,7 @@ def test_the_pause_grows_and_one_mirrors_outage_is_not_anothers(run, uri):
 def test_closing_is_bounded_though_a_server_hangs(run, uri):
     hanging, released = threading.Event(), threading.Event()
 
-    def hang() -> None:
+    def hang(_is_due: Any) -> None:
         hanging.set()
         released.wait(30)
 
@@ -534,11 +581,11 @@ def test_points_do_not_depend_on_how_the_curve_is_cut():
     config = a_plan().trials[0].config
     started = {1: 1_000_000, 2: 2_000_000}
     curve = [*rows(1, 8), *rows(9, STEPS, attempt=2)]
-    (whole,) = run_content.packets(Curve(tuple(curve), ()), (), config, started, {}, 1000)
+    (whole,) = shown_points.packets(Curve(tuple(curve), ()), (), config, started, {}, 1000)
     cut, cursor = [], {}
     for start in range(0, STEPS, 3):
         part = Curve(tuple(curve[start : start + 3]), ())
-        (packet,) = run_content.packets(part, (), config, started, cursor, 1000)
+        (packet,) = shown_points.packets(part, (), config, started, cursor, 1000)
         cut += packet.points
         cursor = packet.cursor
     assert cut == whole.points
@@ -550,17 +597,99 @@ def test_points_do_not_depend_on_how_the_curve_is_cut():
 
 def test_no_packet_is_larger_than_mlflow_takes():
     config = a_plan().trials[0].config
-    found = run_content.packets(Curve(rows(1, STEPS), ()), (), config, {}, {}, 50)
+    found = shown_points.packets(Curve(rows(1, STEPS), ()), (), config, {}, {}, 50)
     assert max(len(packet.points) for packet in found) <= 50
     assert sum(len(packet.points) for packet in found) == 6 * STEPS
     assert [packet.cursor["step"] for packet in found] == [8, 16, 20]
 
 
 def test_a_long_trial_is_thinned_but_its_first_and_last_step_are_shown(monkeypatch):
-    monkeypatch.setattr(run_content, "STEPS_PER_TRIAL", 7)
-    (packet,) = run_content.packets(Curve(rows(1, STEPS), ()), (), a_plan().trials[0].config, {}, {}, 1000)
+    monkeypatch.setattr(shown_points, "STEPS_PER_TRIAL", 7)
+    (packet,) = shown_points.packets(Curve(rows(1, STEPS), ()), (), a_plan().trials[0].config, {}, {}, 1000)
     assert [point.step for point in packet.points if point.key == "lr"] == [1, 3, 6, 9, 12, 15, 18, 20]
     assert packet.cursor["step"] == STEPS
+
+
+def a_config(num_steps: int) -> Any:
+    config = a_plan().trials[0].config
+    return config.model_copy(update={"train": config.train.model_copy(update={"tokens": num_steps * 256})})
+
+
+def long_rows(num_steps: int, losses: dict[int, float] | None = None) -> tuple[StepRow, ...]:
+    """At 20 steps a second."""
+    given = losses or {}
+    return tuple(
+        StepRow(1, step, step * 256, step / num_steps, 1e-3, given.get(step, 3.0), 1.0, 20 * 256.0, False)
+        for step in range(1, num_steps + 1)
+    )
+
+
+def shown(packets: list[Any], key: str = "lr") -> list[int]:
+    return [point.step for packet in packets for point in packet.points if point.key == key]
+
+
+def test_the_running_trials_of_a_sweep_share_what_mlflow_is_shown_a_second():
+    config, curve = a_config(1000), Curve(long_rows(1000), ())
+    assert [shown_points.stride(config, 20.0, running) for running in (1, 40, 41, 100, 800)] == [4, 4, 8, 16, 128]
+    (few,) = shown_points.packets(curve, (), config, {}, {}, 10_000)
+    (many,) = shown_points.packets(curve, (), config, {}, {}, 10_000, num_running=100)
+    assert shown([few]) == [1, *range(4, 1001, 4)]
+    assert shown([many]) == [1, *range(16, 951, 16), *range(952, 1001, 4)], "the last twentieth is shown as if alone"
+    assert (few.cursor["stride"], many.cursor["stride"]) == (4, 16)
+
+
+def test_a_spike_between_two_shown_steps_is_shown_and_an_even_curve_gets_no_more_points():
+    losses = {101: 3.2, 203: 3.5, 204: 9.0, 205: 3.4, 304: 3.9, 400: 5.0}
+    (packet,) = shown_points.packets(Curve(long_rows(1000, losses), ()), (), a_config(1000), {}, {}, 10_000)
+    found = [(point.step, point.value) for point in packet.points if point.key == "loss_nats" and point.value > 3.1]
+    assert found == [(204, 9.0), (304, 3.9), (400, 5.0)], "these are shown anyway"
+    (thin,) = shown_points.packets(
+        Curve(long_rows(1000, losses), ()), (), a_config(1000), {}, {}, 10_000, num_running=100
+    )
+    found = [(point.step, point.value) for point in thin.points if point.key == "loss_nats" and point.value > 3.1]
+    assert found == [(204, 9.0), (304, 3.9), (400, 5.0)]
+    spikes = [point for point in thin.points if point.step == 204 or point.step == 204 * 256]
+    assert [point.key for point in spikes] == ["loss_nats", "by_tokens/loss_nats"]
+
+
+def test_thinned_points_do_not_depend_on_how_the_curve_is_cut():
+    config, curve = a_config(1000), long_rows(1000, {204: 9.0, 999: 5.0})
+    (whole,) = shown_points.packets(Curve(curve, ()), (), config, {}, {}, 10_000, num_running=100)
+    cut, cursor = [], {}
+    for start in range(0, 1000, 7):
+        part = Curve(curve[start : start + 7], ())
+        for packet in shown_points.packets(part, (), config, {}, cursor, 10_000, num_running=100):
+            cut += packet.points
+            cursor = packet.cursor
+    assert cut == whole.points
+    assert cursor == whole.cursor
+
+
+def test_the_last_step_of_a_trial_that_ended_early_is_shown():
+    config, curve = a_config(1000), long_rows(1000, {30: 8.0})[:31]
+    (running,) = shown_points.packets(Curve(curve, ()), (), config, {}, {}, 10_000, num_running=100)
+    assert shown([running]) == [1, 16]
+    (ended,) = shown_points.packets(
+        Curve((), ()), (), config, {}, running.cursor, 10_000, num_running=100, has_ended=True
+    )
+    assert (shown([ended]), shown([ended], "loss_nats")) == ([31], [30, 31])
+    assert shown_points.packets(Curve((), ()), (), config, {}, ended.cursor, 10_000, has_ended=True) == []
+
+
+def test_what_was_thinned_is_a_tag_and_a_trials_last_values_are_exact(run, send, client, monkeypatch):
+    monkeypatch.setattr(shown_points, "STEPS_PER_TRIAL", 5)
+    attempt = run.start()
+    run.store.record(run.lease, attempt, steps(1, 6))
+    send()
+    assert child(client, run).data.tags["gatesweep.shown_steps"] == "one in 4"
+    run.store.record(run.lease, attempt, steps(7, 11, loss=2.0))
+    send()
+    assert history(client, run, "loss_nats") == [(1, 3.0), (4, 3.0), (8, 2.0)]
+    run.end(attempt, "DIVERGED", end_step=11)
+    send()
+    assert history(client, run, "loss_nats") == [(1, 3.0), (4, 3.0), (8, 2.0), (11, 2.0)]
+    assert child(client, run).data.metrics["tokens"] == 11 * 256
+    assert child(client, run).data.tags["state"] == "DIVERGED"
 
 
 def test_long_values_are_cut_to_what_mlflow_takes(run):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import optuna
 from optuna.distributions import BaseDistribution, check_distribution_compatibility
@@ -34,34 +34,48 @@ class StudyMirror:
         self._study: optuna.study.Study | None = None
         self._space: dict[str, BaseDistribution] = {}
         self._written: set[tuple[str, str, int]] = set()
+        self._waiting: list[TrialRow] = []
 
-    def update(self) -> int:
-        """Write what is missing and return how many trials that were; raises only ``MirrorError``."""
+    def update(self, is_due: Callable[[], bool] = lambda: False) -> int:
+        """Write what is missing and return how many trials that were; raises only ``MirrorError``.
+
+        ``is_due``: something else is; asked after each trial, and the rest waits for the next call.
+        """
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         with self._lock:
             try:
-                return self._update()
+                return self._update(is_due)
             except Exception as error:
-                self._study = None
+                self._study, self._waiting = None, []
                 place = re.sub(r"(://[^:/@]*):[^@]*@", r"\1:***@", self._url)
                 raise MirrorError(
                     f"Optuna's copy at {place} was not written: {type(error).__name__}: {error}"
                 ) from error
 
-    def _update(self) -> int:
+    def _update(self, is_due: Callable[[], bool]) -> int:
+        if not self._waiting:
+            self._waiting = self._missing()
+        num_written = 0
+        while self._waiting and self._study is not None:
+            row = self._waiting.pop(0)
+            self._study.add_trial(self._copy(row, self._space))
+            self._written.add(_key(row))
+            num_written += 1
+            if is_due():
+                break
+        return num_written
+
+    def _missing(self) -> list[TrialRow]:
+        """The finished trials that the copy lacks; it is opened where there are any."""
         rows = self._store.trials(self._sweep_id)
         finished = [row for row in rows if row.state in TOLD]
         if all(_key(row) in self._written for row in finished):
-            return 0
+            return []
         space = distributions(rows)
         # Confirming trials bring seeds that the study did not know: then it is written anew.
-        study = self._open(space) if self._study is None or space != self._space else self._study
-        self._study, self._space = study, space
-        missing = [row for row in finished if _key(row) not in self._written]
-        for row in missing:
-            study.add_trial(self._copy(row, space))
-            self._written.add(_key(row))
-        return len(missing)
+        if self._study is None or space != self._space:
+            self._study, self._space = self._open(space), space
+        return [row for row in finished if _key(row) not in self._written]
 
     def _open(self, space: dict[str, BaseDistribution]) -> optuna.study.Study:
         """The study with its trials noted as written; dropped and begun anew where the sweep's cells have changed."""

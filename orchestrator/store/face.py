@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar
 
-from sqlalchemy import Connection, Engine, update
+from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
 from models.config import Layout
@@ -19,13 +19,13 @@ from orchestrator.store import (
     attempts,
     ended,
     foreign_curves,
+    mirrored,
     orphans,
     outcomes,
     promoted,
     query,
     ranking,
     reader,
-    schema,
     shared_steps,
     sharing,
     spending,
@@ -439,28 +439,27 @@ class Store:
         """How many curves went; UserError when there are none."""
         return self._write(foreign_curves.remove, sweep, name)
 
+    # The mirror to MLflow
+
+    def mlflow_run(self, sweep_id: int, fingerprint: str) -> str | None:
+        """The trial's run in this sweep, if it has one by now."""
+        return self._read(mirrored.run_of, sweep_id, fingerprint)
+
     def set_mlflow_run(self, sweep_id: int, fingerprint: str | None, run_id: str | None) -> None:
         """The sweep's parent run when ``fingerprint`` is None, else the trial's run in this sweep."""
-        if fingerprint is None:
-            statement = update(schema.sweep).where(schema.sweep.c.id == sweep_id)
-        else:
-            link = schema.sweep_trial
-            statement = update(link).where(link.c.sweep_id == sweep_id, link.c.fingerprint == fingerprint)
-        self._write(lambda connection: connection.execute(statement.values(mlflow_run_id=run_id)))
+        self._write(mirrored.set_run, sweep_id, fingerprint, run_id)
 
     def mirror_cursor(self, sweep_id: int, fingerprint: str) -> dict[str, Any] | None:
         """What the mirror last noted about a trial; the store does not look inside."""
-        return self._read(reader.mirror_cursor, sweep_id, fingerprint)
+        return self._read(mirrored.cursor, sweep_id, fingerprint)
 
     def set_mirror_cursor(self, sweep_id: int, fingerprint: str | None, cursor: Mapping[str, Any] | None) -> None:
         """Of a trial, or of the sweep itself when ``fingerprint`` is None."""
-        if fingerprint is None:
-            statement = update(schema.sweep).where(schema.sweep.c.id == sweep_id)
-        else:
-            link = schema.sweep_trial
-            statement = update(link).where(link.c.sweep_id == sweep_id, link.c.fingerprint == fingerprint)
-        values = {"mirror_cursor": None if cursor is None else dict(cursor)}
-        self._write(lambda connection: connection.execute(statement.values(**values)))
+        self._write(mirrored.set_cursor, sweep_id, fingerprint, cursor)
+
+    def set_mirror_cursors(self, sweep_id: int, cursors: Mapping[str, Mapping[str, Any]]) -> None:
+        """Of many trials, by fingerprint, in one transaction."""
+        self._write(mirrored.set_cursors, sweep_id, cursors)
 
     # SQL and notebooks
 

@@ -194,11 +194,3 @@ def events(
         query = query.where(event.c.kind == kind)
     rows = connection.execute(query.order_by(event.c.id.desc()).limit(last)).all()
     return [EventRow(*row) for row in reversed(rows)]
-
-
-def mirror_cursor(connection: Connection, sweep_id: int, fingerprint: str) -> dict[str, Any] | None:
-    link = schema.sweep_trial
-    cursor: dict[str, Any] | None = connection.scalar(
-        select(link.c.mirror_cursor).where(link.c.sweep_id == sweep_id, link.c.fingerprint == fingerprint)
-    )
-    return cursor

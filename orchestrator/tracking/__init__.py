@@ -4,7 +4,8 @@ Results never come from here. MLflow itself is imported when there is something 
 """
 
 from orchestrator.tracking.background import Mirror
-from orchestrator.tracking.mirror import OutOfTime, Sent, TrackingError, mirror
+from orchestrator.tracking.curves import OutOfTime, Sent
+from orchestrator.tracking.mirror import TrackingError, mirror
 from orchestrator.tracking.server import is_server, ui_command, ui_environment
 
 __all__ = [

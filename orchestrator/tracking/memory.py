@@ -13,13 +13,12 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from orchestrator.store import Store, TrialRow
+from orchestrator.tracking.mlflow_runs import MlflowRuns
 
 Cursor = dict[str, Any]
 
 CLOCK_SKEW = timedelta(seconds=10)
 READ_ANEW_SECONDS = 300.0
-ACTIVE_SECONDS = 60.0
-"""How long a run that was found in MLflow counts as there: to ask for one loads all its metrics."""
 
 
 class Memory:
@@ -27,14 +26,21 @@ class Memory:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
+        self.runs: MlflowRuns | None = None
+        """The sweep's runs in MLflow, once they were opened."""
         self.cursors: dict[str, Cursor] = {}
+        self.unwritten: dict[str, Cursor] = {}
+        """Of the cursors, those that the store has not got yet."""
         self.run_ids: dict[str, str | None] = {}
         """By fingerprint."""
+        self.never_begun: set[str] = set()
+        """Trials that had not begun when they were first read: no run of an earlier process is theirs."""
         self._rows: dict[str, TrialRow] = {}
         self._since = datetime.min.replace(tzinfo=UTC)
         self._read_at = -float("inf")
-        self._active: dict[str, float] = {}
+        self._active: set[str] = set()
         self._settled: dict[str, tuple[TrialRow, datetime]] = {}
+        self._served: dict[str, tuple[TrialRow, float]] = {}
 
     def read(self, store: Store, sweep_id: int) -> list[TrialRow]:
         """The sweep's trials, by position."""
@@ -42,8 +48,7 @@ class Memory:
         is_old = now - self._read_at > READ_ANEW_SECONDS
         changes = [] if is_old else store.trial_changes(sweep_id, self._since)
         if is_old or any(change["fingerprint"] not in self._rows for change in changes):
-            self._rows = {row.fingerprint: row for row in store.trials(sweep_id)}
-            self.run_ids = {row.fingerprint: row.mlflow_run_id for row in self._rows.values()}
+            self._read_anew(store, sweep_id)
             self._read_at, changes = now, []
         for change in changes:
             old = self._rows[change["fingerprint"]]
@@ -51,6 +56,21 @@ class Memory:
                 self._rows[old.fingerprint] = dataclasses.replace(old, **change)
         self._since = asked - CLOCK_SKEW
         return list(self._rows.values())
+
+    def _read_anew(self, store: Store, sweep_id: int) -> None:
+        rows = {row.fingerprint: row for row in store.trials(sweep_id)}
+        self.never_begun |= {key for key, row in rows.items() if key not in self._rows and not has_begun(row)}
+        self._rows = rows
+        self.run_ids = {row.fingerprint: row.mlflow_run_id for row in rows.values()}
+
+    def serve(self, row: TrialRow) -> None:
+        """What there was of it was sent."""
+        self._served[row.fingerprint] = row, self._clock()
+
+    def may_rest(self, row: TrialRow, seconds: float) -> bool:
+        """Whether it was served less than this ago, and its state is what it was."""
+        known = self._served.get(row.fingerprint)
+        return known is not None and known[0] is row and self._clock() - known[1] < seconds
 
     def settle(self, row: TrialRow, submitted_at: datetime) -> None:
         """Nothing is left to send of a trial that has ended, until it or its sweep changes."""
@@ -62,10 +82,18 @@ class Memory:
 
     def forget(self) -> None:
         """MLflow has lost the runs, or refuses what it is sent: everything is looked at again."""
-        self._active, self._settled = {}, {}
+        self.runs, self._active, self._settled, self._served = None, set(), {}, {}
+        self.never_begun = set()
 
     def was_active(self, run_id: str) -> bool:
-        return self._clock() - self._active.get(run_id, -float("inf")) < ACTIVE_SECONDS
+        """Whether the run was there once. MLflow refuses points of one that is not any more, and to ask for one loads
+        all its metrics."""
+        return run_id in self._active
 
     def saw_active(self, run_id: str) -> None:
-        self._active[run_id] = self._clock()
+        self._active.add(run_id)
+
+
+def has_begun(row: TrialRow) -> bool:
+    """Only then it has a run in MLflow."""
+    return row.state != "WAITING" or row.num_attempts > 0
