@@ -37,8 +37,9 @@ NUM_NODES, CPUS_A_NODE = 2, 2
 HOME_MEGABYTES = 2048
 STARTS = 5
 CLUSTER_LOST = "Once there is a cluster again, the same command goes on from here"
-ENDED_BY_RAY = "WrongClusterID"
-"""Ray's library ends a process that asks something of a head which is gone in that moment and comes back as another."""
+ENDED_BY_RAY = ("WrongClusterID", "Failed to connect to GCS within")
+"""Ray's library ends a process that asks something of a head which is gone in that moment, when it comes back as
+another, or has not come back within a minute."""
 NODE_NAMES = ("node-manager-port", "object-manager-port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port")
 NODE_NAMES += ("runtime-env-agent-port", "metrics-export-port")
 
@@ -166,8 +167,8 @@ class World:
             self.tracker = self._start_tracker()
         if self.controller is not None and self.controller.is_dead and not self.is_done():
             said = self.controller.log.read_text()
-            left = self.controller.process.pid in self._killed or CLUSTER_LOST in said or ENDED_BY_RAY in said
-            assert left, said[-5000:]
+            is_told = any(one in said for one in (CLUSTER_LOST, *ENDED_BY_RAY))
+            assert is_told or self.controller.process.pid in self._killed, said[-5000:]
             if self.is_whole():  # on less it may be told that the sweep has no room
                 self._start_controller()
 
