@@ -330,6 +330,16 @@ def test_the_method_the_pairing_and_the_test_of_variances_are_said():
     assert f"equal variances gave p = {auto.variances_p:.2g}" in note(auto, "interval")
 
 
+def test_a_loss_is_paired_with_that_of_its_own_seed_in_whatever_order_the_trials_ran():
+    seeds, design = (3, 1, 4, 2), Design(paired=True)
+    intervals = {
+        tuple((row.low_nats, row.high_nats) for row in table.rows[1:])
+        for shuffle in range(8)
+        for table in [table_of(quickstart(seeds, shuffle), seeds=seeds, design=design)]
+    }
+    assert len(intervals) == 1
+
+
 def test_looks_are_said_and_one_too_many_marks_every_row():
     assert note(table_of(quickstart()), "look") is None
     first = table_of(quickstart(), design=Design(looks=Looks(2)))
