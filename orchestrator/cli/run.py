@@ -108,7 +108,7 @@ def run_sweep(
         if missing and used_up:
             exit_code = BUDGET_EXIT
             for line in report.budget_lines(used_up, sweep.name):
-                console.print(line, style="bold red", highlight=False)
+                console.print(line, style="bold red", highlight=False, soft_wrap=True)
         elif missing:
             exit_code = _run_missing(plan, added.sweep_id, store, home, address, console, metrics, json_logs, copier)
         else:

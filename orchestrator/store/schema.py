@@ -252,11 +252,11 @@ outcome = Table(
     Column("fingerprint", String(64), ForeignKey("trial.fingerprint"), primary_key=True),
     Column("tail", Float(53), primary_key=True, autoincrement=False),
     Column("num_attempts", Integer, nullable=False),
-    Column("backends", Text, nullable=False),  # JSON, as the next one
-    Column("layouts", Text, nullable=False),
+    Column("backends", Redacted, nullable=False),  # JSON as it is read, as the next one
+    Column("layouts", Redacted, nullable=False),
     Column("tokens_per_second", Float(53)),
     Column("sweep_id", RowId, ForeignKey("sweep.id"), nullable=False),
-    Column("branched", Text),  # JSON, too
+    Column("branched", Redacted),  # JSON, too
     Column("slice_points", Integer),
     Column("slice_loss_nats", Float(53)),
     Column("slice_bits_per_byte", Float(53)),

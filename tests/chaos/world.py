@@ -40,6 +40,8 @@ CLUSTER_LOST = "Once there is a cluster again, the same command goes on from her
 ENDED_BY_RAY = ("WrongClusterID", "Failed to connect to GCS within")
 """Ray's library ends a process that asks something of a head which is gone in that moment, when it comes back as
 another, or has not come back within a minute."""
+NO_ROOM = "and the cluster holds"
+"""A controller that begins while a node is away is told that a gang has no room."""
 NODE_NAMES = ("node-manager-port", "object-manager-port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port")
 NODE_NAMES += ("runtime-env-agent-port", "metrics-export-port")
 
@@ -59,6 +61,8 @@ class World:
         self.is_tracker_wanted = self.is_head_wanted = True
         self.num_controllers = self._num_services = 0
         self._killed: set[int] = set()
+        self._short_of_a_node: set[int] = set()
+        """Controllers, by pid, under which a node died."""
         try:
             self._start_cluster()  # before all else: see _until_begun
             self.tracker = self._start_tracker()
@@ -168,12 +172,16 @@ class World:
         if self.controller is not None and self.controller.is_dead and not self.is_done():
             said = self.controller.log.read_text()
             is_told = any(one in said for one in (CLUSTER_LOST, *ENDED_BY_RAY))
-            assert is_told or self.controller.process.pid in self._killed, said[-5000:]
+            pid = self.controller.process.pid
+            has_no_room = NO_ROOM in said and (pid in self._short_of_a_node or not self.is_whole())
+            assert is_told or has_no_room or pid in self._killed, said[-5000:]
             if self.is_whole():  # on less it may be told that the sweep has no room
                 self._start_controller()
 
     def _tend_nodes(self) -> None:
         """Two that begin at once on one host would take each other's sockets."""
+        if self.controller is not None and any(node.is_dead for node in self.nodes):
+            self._short_of_a_node.add(self.controller.process.pid)
         for place, node in enumerate(self.nodes):
             others = [self.head, *(one for one in self.nodes if one is not node)]
             if node.is_dead and not self.head.is_dead and all(is_begun(one) or one.is_dead for one in others):
