@@ -7,8 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 # Ray's and torch's own threads would fight over a laptop's cores.
 export OMP_NUM_THREADS ?= 1
 
-# Tests wait for processes much of the time: two lanes, a file in one of them, begun in the order of the names (the
-# longest file is the first).
+# Tests wait for processes much of the time: two lanes, a file in one of them, begun in the order of the names.
 SIDE_BY_SIDE := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: quickstart test test-gpu test-cluster bench bench-store bench-turnaround bench-scale bench-prune lint format clean
@@ -18,7 +17,8 @@ quickstart: $(VENV)/installed
 
 test: export GATESWEEP_TE_SOURCES := $(abspath $(VENV))/transformer-engine
 test: lint
-	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) --ignore tests/chaos
+	$(BIN)/python -m pytest tests/chaos
 
 test-gpu: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m gpu
