@@ -87,9 +87,10 @@ class Gauge:
 
     def _look_on(self) -> None:
         while not self.is_over.wait(1.0):
-            numbers = {fingerprint: number for number, fingerprint in enumerate(self.cluster.launched)}
+            numbers = {fingerprint: number for number, fingerprint in enumerate(list(self.cluster.launched))}
             running = list(self.controller.running) if self.controller else []
-            self._take(self.sql_ages, [(numbers[one.row.fingerprint], one.step) for one in running])
+            known = [one for one in running if one.row.fingerprint in numbers]  # one may be about to be launched
+            self._take(self.sql_ages, [(numbers[one.row.fingerprint], one.step) for one in known])
             found = self.store.query(PASSED)
             passed = dict(zip(found.fingerprint, found.step, strict=True))
             self._take(self.mlflow_ages, [(number, int(passed[one])) for one, number in numbers.items()])
