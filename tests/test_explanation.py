@@ -9,7 +9,7 @@ from statistics import fmean, stdev
 import pytest
 from rich.console import Console
 from scipy.stats import dunnett
-from test_report import heading, quickstart
+from verdict_tables import heading, quickstart
 
 from orchestrator.report import ExplanationView, explain, explanation_to_json, tabulate
 from orchestrator.report.explanation import FORMULAS

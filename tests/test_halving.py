@@ -8,10 +8,10 @@ import pytest
 
 from models.config import DataConfig, TrainConfig, TrialConfig
 from models.presets import PRESETS
-from orchestrator.scaling import EndedTrial, RankedTrial, RankPolicy, audit_pruning, group_key, loss_at, rung_point
+from orchestrator.scaling import EndedTrial, RankedTrial, RankPolicy, audit_pruning, loss_at, rung_point
 from orchestrator.store import Curve, RankDecision
 from orchestrator.store.rows import StepRow, ValidationRow
-from orchestrator.sweep import RankConfig
+from orchestrator.sweep import RankConfig, arm_key
 
 RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 
@@ -270,7 +270,7 @@ def test_without_a_validation_there_it_is_a_window_of_the_training_loss():
 
 
 def end(lr, loss, state="COMPLETE", share=1.0, arm="a"):
-    return EndedTrial(group_key(arm, {}), lr, state, loss, 100.0, share)
+    return EndedTrial(arm_key(arm, {}), lr, state, loss, 100.0, share)
 
 
 def decision(dropped, audited=(), losses=None, arm="a"):

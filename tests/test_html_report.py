@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 from store_runs import STEPS, Run, a_plan, probed, steps, validation
-from test_report import heading, quickstart, trial
 from typer.testing import CliRunner
+from verdict_tables import heading, quickstart, trial
 
 from orchestrator.cli import app
 from orchestrator.report import Results, results, tabulate, write_report

@@ -7,7 +7,7 @@ import re
 
 import pandas as pd
 import pytest
-from test_report import ARMS, heading, quickstart, trial
+from verdict_tables import ARMS, heading, quickstart, trial
 
 from orchestrator.cli.results import narrowed
 from orchestrator.report import Results, tabulate, to_csv, to_latex, to_parquet

@@ -16,13 +16,12 @@ from typer.testing import CliRunner
 from orchestrator.cli.app import app
 from orchestrator.cli.fresh import refuse_other_looks
 from orchestrator.controller import bring_up_to_date
-from orchestrator.plan import rung_key
 from orchestrator.report import ExplanationView, explain, plan_table, price_lines, results, status_table, to_json
 from orchestrator.report.ladder import ladder_behind
 from orchestrator.report.ladder_formats import ladder_notes
 from orchestrator.report.watching import watch_frame
 from orchestrator.store import passages, standing_passages
-from orchestrator.sweep import UserError
+from orchestrator.sweep import UserError, arm_key
 from orchestrator.tracking.run_content import gate_tags
 
 SIZES = ("cpu-tiny", "cpu-350k", "cpu-1m")
@@ -134,7 +133,7 @@ def test_the_smallest_rung_and_the_baseline_are_planned_and_smaller_rungs_come_f
     assert [trial.position for trial in ladder.all_trials] == list(range(24))
     rungs = [rung_of(trial.config) for trial in ladder.all_trials]
     assert rungs == sorted(rungs)
-    whole = ladder.promoted(rung_key(one.arm, one.axes) for one in ladder.held)
+    whole = ladder.promoted(arm_key(one.arm, one.axes) for one in ladder.held)
     assert (whole.trials, whole.held) == (ladder.all_trials, ())
 
 
@@ -294,7 +293,7 @@ def test_a_user_lets_an_arm_through_and_the_next_gate_reads_it_again(bench, ladd
 def test_a_user_lets_an_arm_through_while_the_sweep_runs(bench, ladder):
     def open_it(line):
         if line.startswith("held off  bad"):
-            bench.store.promote_anyway(1, [rung_key("bad", {"model.preset": "cpu-350k"})])
+            bench.store.promote_anyway(1, [arm_key("bad", {"model.preset": "cpu-350k"})])
 
     run(bench, ladder, kill=open_it)
     assert trained(bench) == {**WHOLE, "bad": [2, 2, 2]}

@@ -195,7 +195,7 @@ def ui(
 @dataclass(frozen=True)
 class _Known:
     """What the store knows of a plan: states of its trials, which other sweep trained them, its budgets' standing, why
-    its confirming seeds are none, and by ``rung_key`` which gates are open."""
+    its confirming seeds are none, and by ``arm_key`` which gates are open."""
 
     states: dict[str, str] = field(default_factory=dict)
     elsewhere: dict[str, str] = field(default_factory=dict)

@@ -16,8 +16,9 @@ from typing import Any
 from orchestrator.controller.allocation import confirm
 from orchestrator.controller.growing import Grown, grow_rates
 from orchestrator.controller.selection import no_rate_ever
-from orchestrator.plan import Confirmation, HeldBack, Plan, PlannedTrial, rung_key
+from orchestrator.plan import Confirmation, HeldBack, Plan, PlannedTrial
 from orchestrator.store import GatePassage, Store, SweepRow, TrialRow, find_choice, standing_passages, verdict_seeds
+from orchestrator.sweep import arm_key
 from orchestrator.verdict import GATE_VERSION, gate_word
 
 Tell = Callable[[str], None]
@@ -72,13 +73,13 @@ class _Gates:
         """Decide who goes on from rung ``number``; keys of those that do, whose trials have joined by then."""
         plan = self.grown.plan
         decided = standing_passages(self.row.verdict, self.row.settings)
-        out = {rung_key(one.arm, one.axes) for one in plan.held}
+        out = {arm_key(one.arm, one.axes) for one in plan.held}
         candidates = [
             one
             for one in plan.held
             if one.below == number
-            and rung_key(one.arm, one.axes_below) not in out
-            and rung_key(one.arm, one.axes) not in decided
+            and arm_key(one.arm, one.axes_below) not in out
+            and arm_key(one.arm, one.axes) not in decided
         ]
         axes = candidates[0].axes_below if candidates else {}
         here = self._here(axes) if candidates else []

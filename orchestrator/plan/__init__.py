@@ -8,7 +8,6 @@ from orchestrator.plan.branches import Branch, decay_branches, planned_branches,
 from orchestrator.plan.contrasts import Change, Contrast
 from orchestrator.plan.expansion import MAX_TRIALS, Plan, expand
 from orchestrator.plan.fit import after_out_of_memory, micro_batch_sizes
-from orchestrator.plan.ladder_rungs import rung_key
 from orchestrator.plan.ordering import LR
 from orchestrator.plan.planned import Confirmation, GrownRate, HeldBack, PlannedRung, PlannedTrial, RateGroup, Refusal
 from orchestrator.plan.resolve import match_residual
@@ -33,6 +32,5 @@ __all__ = [
     "match_residual",
     "micro_batch_sizes",
     "planned_branches",
-    "rung_key",
     "trained_flops",
 ]

@@ -9,10 +9,10 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from orchestrator.plan.ladder_rungs import RungCells, rung_key, rungs_of
+from orchestrator.plan.ladder_rungs import RungCells, rungs_of
 from orchestrator.plan.ordering import Cell, confirmations_of, in_order
 from orchestrator.plan.planned import Confirmation, HeldBack, PlannedRung, PlannedTrial
-from orchestrator.sweep import Sweep
+from orchestrator.sweep import Sweep, arm_key
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Assembled:
 
 
 def assembled(sweep: Sweep, cells: Sequence[Cell], promoted: Collection[str], has_gates: bool) -> Assembled:
-    """``promoted``: by ``rung_key``, the arms that were let through to a rung. The baseline needs no leave.
+    """``promoted``: by ``arm_key``, the arms that were let through to a rung. The baseline needs no leave.
 
     Positions are those of the whole ladder, rung by rung, so that they are the same whoever is let through.
     """
@@ -48,7 +48,7 @@ def assembled(sweep: Sweep, cells: Sequence[Cell], promoted: Collection[str], ha
             if not counts[arm]:
                 continue
             smaller, below[arm] = below.get(arm), rung
-            if smaller is None or arm == sweep.baseline or rung_key(arm, rung.axes) in promoted:
+            if smaller is None or arm == sweep.baseline or arm_key(arm, rung.axes) in promoted:
                 continue
             held.append(
                 HeldBack(

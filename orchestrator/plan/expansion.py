@@ -26,7 +26,6 @@ from orchestrator.plan.contrasts import Contrast, contrasts, refuse_undeclared
 from orchestrator.plan.controls import gates_add, sized
 from orchestrator.plan.files import Files
 from orchestrator.plan.fit import memory_refusals
-from orchestrator.plan.ladder_rungs import rung_key
 from orchestrator.plan.mistakes import (
     cell_key,
     refuse_empty,
@@ -45,6 +44,7 @@ from orchestrator.sweep import (
     Problems,
     Sweep,
     UserError,
+    arm_key,
     seeds_of_looks,
 )
 
@@ -70,7 +70,7 @@ class Plan:
     rungs: tuple[PlannedRung, ...] = ()
     """From small to large, where gates stand between them."""
     let_through: frozenset[str] = field(default=frozenset(), repr=False)
-    """Arms on rungs, by ``rung_key``, that no gate holds back any more."""
+    """Arms on rungs, by ``arm_key``, that no gate holds back any more."""
 
     @property
     def all_trials(self) -> tuple[PlannedTrial, ...]:
@@ -97,13 +97,13 @@ class Plan:
     def groups(self) -> tuple[RateGroup, ...]:
         """In the order of the file: what has learning rates of its own, and is not held back."""
         found = {cell.group(self.sweep): cell for cell in reversed(self.cells)}
-        held = {rung_key(one.arm, one.axes) for one in self.held}
+        held = {arm_key(one.arm, one.axes) for one in self.held}
         groups = (
             RateGroup(cell.arm, other_axes(self.sweep, cell.axes))
             for cell in self.cells
             if found[cell.group(self.sweep)] is cell
         )
-        return tuple(group for group in groups if rung_key(group.arm, group.axes) not in held)
+        return tuple(group for group in groups if arm_key(group.arm, group.axes) not in held)
 
     def grown(self, rates: Iterable[GrownRate]) -> Plan:
         """The plan with further learning rates. Those that it has, whose group it lacks or which lie outside of what
@@ -123,20 +123,20 @@ class Plan:
     @property
     def whole(self) -> Plan:
         """With nothing held back: the most that it may come to."""
-        return self.promoted(rung_key(one.arm, one.axes) for one in self.held)
+        return self.promoted(arm_key(one.arm, one.axes) for one in self.held)
 
     def without(self, closed: Iterable[str]) -> Plan:
-        """Without what these gates, by ``rung_key``, keep back for good, and the arm's rungs above."""
+        """Without what these gates, by ``arm_key``, keep back for good, and the arm's rungs above."""
         keys = set(closed)
-        shut = {one.arm: one.rung for one in reversed(self.held) if rung_key(one.arm, one.axes) in keys}
-        cells = {rung_key(one.arm, one.axes) for one in self.held if one.rung >= shut.get(one.arm, one.rung + 1)}
-        kept = [cell for cell in self.cells if rung_key(cell.arm, other_axes(self.sweep, cell.axes)) not in cells]
+        shut = {one.arm: one.rung for one in reversed(self.held) if arm_key(one.arm, one.axes) in keys}
+        cells = {arm_key(one.arm, one.axes) for one in self.held if one.rung >= shut.get(one.arm, one.rung + 1)}
+        kept = [cell for cell in self.cells if arm_key(cell.arm, other_axes(self.sweep, cell.axes)) not in cells]
         return self._of(tuple(kept), self.let_through) if cells else self
 
     def promoted(self, let_through: Iterable[str]) -> Plan:
-        """The plan in which these arms, by ``rung_key``, are held back no more. Those that it does not hold count for
+        """The plan in which these arms, by ``arm_key``, are held back no more. Those that it does not hold count for
         nothing."""
-        known = {rung_key(one.arm, one.axes) for one in self.held}
+        known = {arm_key(one.arm, one.axes) for one in self.held}
         new = known & set(let_through)
         return self._of(self.cells, self.let_through | new) if new else self
 

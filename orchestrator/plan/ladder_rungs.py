@@ -6,8 +6,7 @@ the training FLOPs of their baseline, and with gates they run in that order: wha
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 from models.accounting import parameters, training_flops_per_token
 from models.config import TrialConfig
 from orchestrator.plan.ordering import Cell, other_axes
-from orchestrator.sweep import Problems, Sweep
+from orchestrator.sweep import Problems, Sweep, arm_key
 
 _PLACE = ("verdict", "promote")
 
@@ -29,18 +28,13 @@ class RungCells:
     cells: tuple[Cell, ...]
 
 
-def rung_key(arm: str, axes: Mapping[str, Any]) -> str:
-    """An arm on a rung, whatever the order of the axes."""
-    return json.dumps([arm, dict(axes)], sort_keys=True, default=str)
-
-
 def rungs_of(sweep: Sweep, cells: Sequence[Cell]) -> tuple[RungCells, ...]:
     """One of all cells in a sweep without gates; UserError where the cells are no ladder."""
     if sweep.verdict.promote is None or not cells:
         return (RungCells(1, {}, tuple(cells)),)
     tables: dict[str, list[Cell]] = {}
     for cell in cells:
-        tables.setdefault(rung_key("", other_axes(sweep, cell.axes)), []).append(cell)
+        tables.setdefault(arm_key("", other_axes(sweep, cell.axes)), []).append(cell)
     _refuse_other_axes(sweep, cells)
     sizes = {key: _size(sweep, of) for key, of in tables.items()}
     ordered = sorted(tables, key=lambda key: sizes[key])

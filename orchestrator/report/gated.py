@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.report.figures import axes_text, plural
-from orchestrator.sweep import PromoteConfig
+from orchestrator.sweep import PromoteConfig, arm_key
 
 if TYPE_CHECKING:
     from orchestrator.store import GatePassage, SweepRow
@@ -32,14 +32,14 @@ def kept_back(sweep: SweepRow) -> tuple[Kept, ...]:
 
 
 def _kept_back(sweep: SweepRow) -> Iterator[Kept]:
-    from orchestrator.store import passage_key, standing_passages
+    from orchestrator.store import standing_passages
 
     standing = standing_passages(sweep.verdict, sweep.settings)
     below: dict[str, tuple[int, Kept | None]] = {}
     for rung in sweep.settings["rungs"]:
         for arm, num_trials in rung["num_trials"].items():
             smaller, kept = below.get(arm, (0, None))
-            key = passage_key(arm, rung["axes"])
+            key = arm_key(arm, rung["axes"])
             found = None
             if smaller and arm != sweep.baseline and not (key in standing and standing[key].is_through):
                 closed, words = _why(smaller, kept, standing.get(key))

@@ -93,7 +93,7 @@ def plan_table(
 ) -> RenderableType:
     """Every trial of a plan, the refusals first and the totals last. ``states``: of the fingerprints in the store;
     ``elsewhere``: the other sweep that trained them, if no run of this one did. ``closed``: gates that keep an arm off
-    a rung, by ``rung_key``; its trials are not listed."""
+    a rung, by ``arm_key``; its trials are not listed."""
     plan = plan.without(closed)
     known = {**(states or {}), **{trial.fingerprint: HELD for one in plan.held for trial in one.trials}}
     others, held, plan = elsewhere or {}, plan.held, plan.whole

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from orchestrator.report.figures import plural
 from orchestrator.report.tree import LR_AXIS, Split, SweepHeading, TrialResult
-from orchestrator.scaling import AUDIT_VERSION, EndedTrial, PruningAudit, audit_pruning, group_key
+from orchestrator.scaling import AUDIT_VERSION, EndedTrial, PruningAudit, audit_pruning
+from orchestrator.sweep import arm_key
 
 
 def audit(heading: SweepHeading, split: Split, trials: Sequence[TrialResult]) -> PruningAudit | None:
@@ -16,7 +17,7 @@ def audit(heading: SweepHeading, split: Split, trials: Sequence[TrialResult]) ->
     fresh, hidden = heading.fresh_seeds, {LR_AXIS, *heading.derived_axes}
     ended = [
         EndedTrial(
-            group=group_key(trial.arm, {name: value for name, value in trial.axes.items() if name not in hidden}),
+            group=arm_key(trial.arm, {name: value for name, value in trial.axes.items() if name not in hidden}),
             lr=trial.lr,
             state=trial.state,
             loss_nats=trial.full_loss_nats if split == "full" else trial.slice_loss_nats,

@@ -39,7 +39,8 @@ from orchestrator.scaling import (
     fit_optimum,
     pooled_variance,
 )
-from orchestrator.store import FINISHED, passage_key
+from orchestrator.store import FINISHED
+from orchestrator.sweep import arm_key
 from orchestrator.verdict import LookSequence, Sample, Verdict, compare
 
 R = TypeVar("R")
@@ -204,7 +205,7 @@ def _table(
 
 def _gated(arm: _Arm, heading: SweepHeading, axes: tuple[tuple[str, Any], ...]) -> _Arm:
     """The arm with what keeps it off the rung: nothing of it is missing then."""
-    words = heading.gates.get(passage_key(arm.name, dict(axes)), "") if heading.gates and not arm.trials else ""
+    words = heading.gates.get(arm_key(arm.name, dict(axes)), "") if heading.gates and not arm.trials else ""
     return replace(arm, gate=words, num_missing=0) if words else arm
 
 

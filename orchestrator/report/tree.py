@@ -67,7 +67,7 @@ class SweepHeading:
     allotments: tuple[Allotment, ...] = ()
     """What looks decided, oldest first."""
     gates: Mapping[str, str] = field(default_factory=dict)
-    """By arm and rung (``store.passage_key``), why a gate keeps the arm off the rung, or that it is not decided yet."""
+    """By arm and rung (``arm_key``), why a gate keeps the arm off the rung, or that it is not decided yet."""
     passages: tuple[GatePassage, ...] = ()
     """What gates between rungs decided, oldest first."""
 

@@ -19,7 +19,7 @@ from orchestrator.scaling.grid import (
     LearningRatePoint,
     best_learning_rate,
 )
-from orchestrator.scaling.halving import HALVING_VERSION, RankedTrial, RankPolicy, group_key
+from orchestrator.scaling.halving import HALVING_VERSION, RankedTrial, RankPolicy
 from orchestrator.scaling.laws import (
     EXTRAPOLATION,
     LAWS_VERSION,
@@ -66,7 +66,6 @@ __all__ = [
     "extension",
     "fit_ladder",
     "fit_optimum",
-    "group_key",
     "loss_at",
     "pooled_variance",
     "read_at",

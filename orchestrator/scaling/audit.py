@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from orchestrator.scaling.halving import group_key
 from orchestrator.scaling.proportion import clopper_pearson
 from orchestrator.store import RankDecision
+from orchestrator.sweep import arm_key
 
 AUDIT_VERSION = "false-prune-1"
 
@@ -24,7 +24,7 @@ class EndedTrial:
     """A trial of the selection as the audit sees it. ``loss_nats``: its final one, if it is complete."""
 
     group: str
-    """Of ``group_key``: what its learning rate was ranked within."""
+    """Of ``arm_key``: what its learning rate was ranked within."""
     lr: float
     state: str
     loss_nats: float | None
@@ -68,10 +68,10 @@ class PruningAudit:
 
 def audit_pruning(decisions: Sequence[RankDecision], trials: Sequence[EndedTrial]) -> PruningAudit | None:
     """None where nothing was stopped by rank."""
-    losses = {(group_key(one.arm, one.axes), lr): one.losses_nats.get(lr) for one in decisions for lr in one.dropped}
+    losses = {(arm_key(one.arm, one.axes), lr): one.losses_nats.get(lr) for one in decisions for lr in one.dropped}
     if not losses:
         return None
-    drawn = {(group_key(one.arm, one.axes), lr) for one in decisions for lr in one.audited}
+    drawn = {(arm_key(one.arm, one.axes), lr) for one in decisions for lr in one.audited}
     cells: dict[tuple[str, float], list[EndedTrial]] = {}
     for trial in trials:
         cells.setdefault((trial.group, trial.lr), []).append(trial)

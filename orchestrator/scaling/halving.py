@@ -17,7 +17,6 @@ the last one is not judged at all. Halving runs within a bracket.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from statistics import fmean
 from typing import Literal
 
 from orchestrator.store import RankDecision
-from orchestrator.sweep import RankConfig
+from orchestrator.sweep import RankConfig, arm_key
 
 HALVING_VERSION = "halving-1"
 """Raised whenever a change alters a decision."""
@@ -50,7 +49,7 @@ class RankedTrial:
 
     @cached_property
     def group(self) -> str:
-        return group_key(self.arm, self.axes)
+        return arm_key(self.arm, self.axes)
 
 
 class _No(Enum):
@@ -60,10 +59,6 @@ class _No(Enum):
 
 Standing = float | _No
 """A rate at a rung: its mean loss in nats, inf when a deciding seed diverged, or why there is none."""
-
-
-def group_key(arm: str, axes: Mapping[str, object]) -> str:
-    return json.dumps([arm, dict(axes)], sort_keys=True, default=str)
 
 
 class RankPolicy:
@@ -226,7 +221,7 @@ def _bracket_sizes(num_rungs: int, reduction: int, num_rates: int) -> list[int]:
 def _by_group(decided: Iterable[RankDecision], which: Literal["dropped", "audited"]) -> dict[str, set[float]]:
     rates: dict[str, set[float]] = {}
     for one in decided:
-        rates.setdefault(group_key(one.arm, one.axes), set()).update(getattr(one, which))
+        rates.setdefault(arm_key(one.arm, one.axes), set()).update(getattr(one, which))
     return rates
 
 

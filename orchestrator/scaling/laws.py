@@ -214,32 +214,43 @@ def _fit(
     from orchestrator.scaling.power_law import SMALLEST_DELTA, fit_many
 
     cells = [(index, one) for index, arm in enumerate(arms) for one in rungs[arm]]
-    can_resample = all(len(one.losses_nats) > 1 for _, one in cells)
-    random = np.random.default_rng(0)
-    pool = np.array(
-        [
-            (loss - fmean(one.losses_nats)) * math.sqrt(len(one.losses_nats) / (len(one.losses_nats) - 1))
-            for _, one in cells
-            if can_resample
-            for loss in one.losses_nats
-        ]
-    )
-    columns = []
-    for _, one in cells if trunks is None else ():
-        losses, number = np.array(one.losses_nats), len(one.losses_nats)
-        column = np.tile(losses, (1 + resamples * can_resample, 1))
-        if can_resample:
-            column[1:] = losses.mean() + random.choice(pool, size=(resamples, number))
-        columns.append(column)
-    if trunks is not None:
-        columns = [trunks.drawn(arms, rungs, resamples * can_resample)]
+    resamples *= all(len(one.losses_nats) > 1 for _, one in cells)
+    if trunks is None:
+        sets = _drawn_one_by_one([one for _, one in cells], resamples)
+    else:
+        sets = trunks.drawn(arms, rungs, resamples)
     sizes = np.array([math.log(one.size / reference) for _, one in cells for _ in one.losses_nats])
     index_of = np.array([index for index, one in cells for _ in one.losses_nats])
     degrees = sum(len(one.losses_nats) - 1 for _, one in cells)
     squares = sum((math.log(loss / fmean(one.losses_nats))) ** 2 for _, one in cells for loss in one.losses_nats)
     delta = max(SMALLEST_DELTA, 1.345 * math.sqrt(squares / degrees)) if degrees else SMALLEST_DELTA
-    parameters = fit_many(sizes, index_of, np.concatenate(columns, axis=1), delta)
+    parameters = fit_many(sizes, index_of, sets, delta)
     return _Fit(arms, parameters, degrees if trunks is None else math.inf)
+
+
+def _drawn_one_by_one(cells: Sequence[RungLosses], resamples: int) -> Array:
+    """(1 + resamples, losses), in the order of rungs and trials; the first row is what was measured. The deviations
+    from each rung's mean, widened by sqrt(n / (n - 1)), are one pool for all."""
+    import numpy as np
+
+    sets = np.tile([loss for one in cells for loss in one.losses_nats], (1 + resamples, 1))
+    if not resamples:
+        return sets
+    random = np.random.default_rng(0)
+    pool = np.array(
+        [
+            (loss - fmean(one.losses_nats)) * math.sqrt(len(one.losses_nats) / (len(one.losses_nats) - 1))
+            for one in cells
+            for loss in one.losses_nats
+        ]
+    )
+    first = 0
+    for one in cells:
+        number = len(one.losses_nats)
+        drawn = random.choice(pool, size=(resamples, number))
+        sets[1:, first : first + number] = np.mean(one.losses_nats) + drawn
+        first += number
+    return sets
 
 
 def _estimate(values: Array, degrees: float) -> Estimate:

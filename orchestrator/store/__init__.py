@@ -6,7 +6,7 @@ from orchestrator.store.face import Store
 from orchestrator.store.layers import mean_or_none
 from orchestrator.store.migrate import upgrade_store
 from orchestrator.store.outage import Patience, StoreOutage
-from orchestrator.store.promoted import GATED, GatePassage, passage_key, passages, standing_passages
+from orchestrator.store.promoted import GATED, GatePassage, passages, standing_passages
 from orchestrator.store.rows import (
     BUDGET,
     BUDGET_EXTENDED,
@@ -101,7 +101,6 @@ __all__ = [
     "find_choice",
     "import_store",
     "mean_or_none",
-    "passage_key",
     "passages",
     "standing_passages",
     "upgrade_store",

@@ -6,7 +6,6 @@ the newest holds, and only for the seeds that it saw: with more of them the gate
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -16,6 +15,7 @@ from sqlalchemy import Connection, select, update
 
 from orchestrator.store import schema
 from orchestrator.store.submission import add_event, join_trials, verdict_seeds
+from orchestrator.sweep import arm_key
 
 if TYPE_CHECKING:
     from orchestrator.plan import PlannedTrial
@@ -53,7 +53,7 @@ class GatePassage:
 
     @property
     def key(self) -> str:
-        return passage_key(self.arm, self.axes)
+        return arm_key(self.arm, self.axes)
 
 
 def passages(verdict: Mapping[str, Any]) -> list[GatePassage]:
@@ -65,7 +65,7 @@ def passages(verdict: Mapping[str, Any]) -> list[GatePassage]:
 
 
 def standing_passages(verdict: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, GatePassage]:
-    """Those that hold now, by arm and rung (``GatePassage.key``, the plan's ``rung_key``)."""
+    """Those that hold now, by arm and rung (``GatePassage.key``)."""
     seeds, found = verdict_seeds(settings), dict[str, GatePassage]()
     for one in passages(verdict):
         earlier = found.get(one.key)
@@ -115,11 +115,6 @@ def _note(connection: Connection, sweep_id: int, verdict: Mapping[str, Any], dec
     for one in decided:
         does = "goes on to" if one.is_through else "does not go on to"
         add_event(connection, sweep_id, GATED, f"{one.arm} {does} rung {one.rung}: {one.reason}")
-
-
-def passage_key(arm: str, axes: Mapping[str, Any]) -> str:
-    """An arm on a rung, as the plan's ``rung_key``."""
-    return json.dumps([arm, dict(axes)], sort_keys=True, default=str)
 
 
 def _now() -> datetime:

@@ -3,6 +3,7 @@
 What is wrong with a file, its data or an override comes out as one UserError that is a whole message.
 """
 
+from orchestrator.sweep.arm_key import arm_key
 from orchestrator.sweep.budget import BUDGETS, BudgetConfig, check_extension, limits, refuse_extensions
 from orchestrator.sweep.caps import check_cap
 from orchestrator.sweep.document import DocumentPath, Places, Problems, UserError
@@ -64,6 +65,7 @@ __all__ = [
     "UserError",
     "VerdictConfig",
     "WaveConfig",
+    "arm_key",
     "check_cap",
     "check_extension",
     "check_https",
