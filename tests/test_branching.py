@@ -293,6 +293,23 @@ def test_a_half_copied_checkpoint_is_left_alone(bench: Bench, plan: Plan, from_t
     assert "no branch g1 tokens=2560 seed=1 at step 8: its trunk kept no checkpoint there" in watcher.lines
 
 
+def test_a_trunk_that_began_on_another_layout_is_left_alone(bench: Bench, plan: Plan, from_the_beginning: Numbers):
+    """Though the attempt that wrote the checkpoint ran as the branch would, its numbers are not the branch's to the
+    bit."""
+
+    def began_elsewhere(path: Path) -> None:
+        fingerprint = rows_of(bench, plan)["g1/40"].fingerprint
+        with bench.store._engine.begin() as connection:
+            connection.exec_driver_sql(
+                "UPDATE attempt SET layout = json_set(layout, '$.data', 2) WHERE fingerprint = ?", (fingerprint,)
+            )
+
+    watcher = before_the_branch(bench, plan, began_elsewhere)
+    assert_as_from_the_beginning(numbers(bench, plan), from_the_beginning)
+    assert attempts_of(bench, rows_of(bench, plan)["g1/10"]) == [(0, None, None)]
+    assert "no branch g1 tokens=2560 seed=1 at step 8: its trunk ran on another layout" in watcher.lines
+
+
 def test_a_trunk_from_another_sweep_serves_if_it_kept_what_is_asked_for(
     bench: Bench, tmp_path: Path, plan: Plan, from_the_beginning: Numbers
 ):

@@ -5,6 +5,7 @@
 import io
 import json
 from collections import Counter
+from dataclasses import replace
 
 import fake_gangs
 import pytest
@@ -310,6 +311,16 @@ def test_with_more_seeds_a_closed_gate_is_read_anew_and_an_open_one_stays_open(b
     (again,) = (one for one in passages(bench.store.sweep("tiny").verdict)[5:] if (one.arm, one.rung) == ("bad", 2))
     assert again.decision == "inconclusive", "one seed of three is as good as the baseline's"
     assert len(again.read) == 6
+
+
+def test_what_another_process_has_decided_is_not_decided_again(bench, ladder):
+    run(bench, ladder)
+    row = bench.store.sweep("tiny")
+    for one in standing_passages(row.verdict, row.settings).values():
+        other = replace(one, is_through=not one.is_through)
+        assert not bench.store.promote(row.id, [other], [])
+    assert bench.store.sweep("tiny").verdict == row.verdict
+    assert trained(bench) == WHOLE
 
 
 def test_gates_hold_as_they_were_first_declared(bench, ladder, tmp_path):

@@ -134,12 +134,10 @@ def _download(place: Place, copied: str, aside: Path) -> int:
         aside.mkdir(parents=True, mode=0o700)
         place.get(f"{copied}/{trust.MANIFEST}", aside / trust.MANIFEST)
         files = trust.signed_files(aside, "checkpoint")
-        for name, expected in files.items():
+        for name in files:
             path = aside / name
             path.parent.mkdir(parents=True, exist_ok=True)
             place.get(f"{copied}/{name}", path)
-            if fault := trust.content_fault(path, expected):
-                raise trust.Altered(f"{name} {fault}")
             _sync(path)
         trust.check(aside, "checkpoint")
         _sync(aside / trust.MANIFEST)
